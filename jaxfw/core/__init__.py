@@ -1,0 +1,1 @@
+"""Runtime, configuration, workdir and logging: everything a program needs that is not mathematics."""
