@@ -1,0 +1,71 @@
+"""The cache that forgets nothing: every key and value, in a buffer with room for what is still to come."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxfw.core.shapes import Array, Float, Int
+from jaxfw.models.cache.policy import QKV, AttentionSpec, Step
+from jaxfw.ops.attention import attend
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullState:
+    """Slot s of a row holds its token at position s; slots from `seen` on are empty."""
+
+    k: Float[Array, "B K S d"]
+    v: Float[Array, "B K S d"]
+    seen: Int[Array, "B"]
+
+    @property
+    def kept_positions(self) -> Int[Array, "B K S"]:
+        """The true position in each slot, -1 where it is empty."""
+        B, K, S, _ = self.k.shape
+        slots = jnp.broadcast_to(jnp.arange(S), (B, K, S))
+        return jnp.where(slots < self.seen[:, None, None], slots, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FullCache:
+    """Keeps everything, in the model's compute dtype."""
+
+    def at(self, layer: int) -> "FullCache":
+        """The same policy in every layer."""
+        return self
+
+    def empty(self, batch: int, *, spec: AttentionSpec, prompt: int, new: int, dtype) -> FullState:
+        """Zeros [B K prompt+new d]."""
+        shape = (batch, spec.kv_heads, prompt + new, spec.head_dim)
+        return FullState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+    def prefill(self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous=None):
+        """Causal attention over the prompt; its keys and values go into a buffer of `room` slots."""
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (qkv.k, qkv.v))
+        out = attend(qkv.q, k, v, scale=spec.scale, softmax_dtype=jnp.dtype(spec.softmax_dtype))
+        spare = ((0, 0), (0, 0), (0, room - k.shape[2]), (0, 0))
+        return out, FullState(jnp.pad(k, spare), jnp.pad(v, spare), step.lengths)
+
+    def extend(self, state: FullState, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, write=True):
+        """Write the new tokens behind the seen ones, then attend to all of them."""
+
+        def put(rows, new, at):
+            return jax.lax.dynamic_update_slice(rows, new, (0, at, 0))
+
+        k, v = (
+            jax.vmap(put)(kept, jnp.swapaxes(new, 1, 2).astype(kept.dtype), state.seen)
+            for kept, new in ((state.k, qkv.k), (state.v, qkv.v))
+        )
+        out = attend(
+            qkv.q, k, v, positions=step.positions, scale=spec.scale, softmax_dtype=jnp.dtype(spec.softmax_dtype)
+        )
+        return out, FullState(k, v, state.seen + step.lengths) if write else state
+
+    def finish(self, states: tuple[FullState, ...], step: Step) -> tuple[FullState, ...]:
+        """Nothing to settle between layers."""
+        return states
+
+    def rows(self, state: FullState, index: Int[Array, "B2"]) -> FullState:
+        """Gather rows."""
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=0), state)

@@ -1,0 +1,120 @@
+"""The contract between a decoder and what remembers its keys and values.
+
+A policy is static (frozen, hashable, no arrays); a state is a pytree, one per layer. `prefill` sees a whole prompt and
+returns the first state; `extend` adds tokens to a state and keeps its tree and shapes, so that a decode loop can carry
+it. Rows are canonical: each row's valid tokens come first, `Step.lengths` says how many.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+
+from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxfw.ops.rope import Rope
+
+State = Any  # a pytree; each policy has its own
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is static about a layer's attention: K key heads of width d, the scale, the rotation, the precision."""
+
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope
+    softmax_dtype: str
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QKV:
+    """What a policy may read of a layer; jit drops what it does not.
+
+    `q_pre` and `k_pre` are before rotation, `hidden` is the layer's normalised input, `w_o` the output projection.
+    """
+
+    q: Float[Array, "B T H d"]
+    k: Float[Array, "B T K d"]
+    v: Float[Array, "B T K d"]
+    q_pre: Float[Array, "B T H d"]
+    k_pre: Float[Array, "B T K d"]
+    hidden: Float[Array, "B T D"]
+    w_o: Float[Array, "H*d D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The tokens of one call: their true positions, how many of each row are valid, which layer reads this."""
+
+    positions: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    layer: Int[Array, ""]
+    unit_id: Int[Array, "B T"] | None = None
+    key: PRNGKeyArray | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The states of all layers, and what they share (None for most policies)."""
+
+    layers: tuple[State, ...]
+    shared: PyTree | None = None
+
+    @property
+    def seen(self) -> Int[Array, "B"]:
+        """Tokens that each row has been given: the position of its next one."""
+        return self.layers[0].seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array held, from shapes alone (works on abstract values)."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+class CachePolicy(Protocol):
+    """What `jaxfw.models.forward`, `layer` and `jaxfw.generate` ask of a policy."""
+
+    def at(self, layer: int) -> "CachePolicy":
+        """The policy of one layer. Equal policies share one compiled layer."""
+        ...
+
+    def empty(self, batch: int, *, spec: AttentionSpec, prompt: int, new: int, dtype: Any) -> State:
+        """A layer's state with nothing seen and room for `prompt` + `new` tokens."""
+        ...
+
+    def prefill(
+        self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous: State | None = None
+    ) -> tuple[Float[Array, "B T H d"], State]:
+        """Attention over a prompt, and a state with room for `room` tokens in all (a static number).
+
+        `previous` is the state of the layer below, for policies that reuse its choice.
+        """
+        ...
+
+    def extend(
+        self,
+        state: State,
+        qkv: QKV,
+        step: Step,
+        *,
+        spec: AttentionSpec,
+        previous: State | None = None,
+        write: bool = True,
+    ) -> tuple[Float[Array, "B T H d"], State]:
+        """Attention of T >= 1 further tokens to what is kept and to each other; same tree and shapes.
+
+        With `write` False the state that comes back is the one that was given.
+        """
+        ...
+
+    def finish(self, states: tuple[State, ...], step: Step) -> tuple[State, ...]:
+        """Called once after a prefill with the states of all layers, for budgets across layers."""
+        ...
+
+    def rows(self, state: State, index: Int[Array, "B2"]) -> State:
+        """The state of the rows `index`: gathered, reordered or repeated."""
+        ...

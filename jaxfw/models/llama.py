@@ -1,0 +1,99 @@
+"""The LLaMA family (2, 3, 3.1, 3.2, 3.3): its config.json and the names of its tensors on the Hub."""
+
+from typing import Any
+
+from jaxfw.models.hub_config import check_attributes, read_rope, required, write_rope
+from jaxfw.nn.config import DecoderConfig
+
+MODEL_TYPE = "llama"
+ARCHITECTURE = "LlamaForCausalLM"
+
+_USED = {
+    "attention_bias", "head_dim", "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings",
+    "mlp_bias", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
+
+# Buffers that old checkpoints hold beside the parameters; they are computed from config.json here.
+IGNORED_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+
+def read_config(attributes: dict[str, Any], *, param_dtype: str, dtype: str, softmax_dtype: str) -> DecoderConfig:
+    """A published config.json as a `DecoderConfig`; `InputError` for what this family does not know."""
+    check_attributes(attributes, _USED)
+    heads, width = required(attributes, "num_attention_heads"), required(attributes, "hidden_size")
+    positions = attributes.get("max_position_embeddings") or 2048
+    has_bias = bool(attributes.get("attention_bias"))
+    return DecoderConfig(
+        vocab=required(attributes, "vocab_size"),
+        width=width,
+        ffn=required(attributes, "intermediate_size"),
+        layers=required(attributes, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=attributes.get("num_key_value_heads") or heads,
+        head_dim=attributes.get("head_dim") or width // heads,
+        positions=positions,
+        rope=read_rope(attributes, positions),
+        norm_eps=attributes.get("rms_norm_eps") or 1e-6,
+        tie_embeddings=bool(attributes.get("tie_word_embeddings")),
+        qkv_bias=has_bias,
+        out_bias=has_bias,
+        mlp_bias=bool(attributes.get("mlp_bias")),
+        init_std=attributes.get("initializer_range") or 0.02,
+        param_dtype=param_dtype,
+        dtype=dtype,
+        softmax_dtype=softmax_dtype,
+    )
+
+
+def write_config(config: DecoderConfig) -> dict[str, Any]:
+    """The attributes of config.json that describe the model, in the v4 and the v5 layout at once."""
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.positions,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        "attention_dropout": 0.0,
+        "mlp_bias": config.mlp_bias,
+        **write_rope(config.rope),
+        "torch_dtype": config.param_dtype,
+        "dtype": config.param_dtype,
+    }
+
+
+def tensor_names(config: DecoderConfig) -> dict[str, str]:
+    """Parameter path here (joined by '/') -> tensor name on the Hub. Kernels are transposed there.
+
+    >>> from jaxfw.models import DecoderConfig
+    >>> tiny = DecoderConfig(vocab=8, width=4, ffn=8, layers=1, heads=2, kv_heads=1, head_dim=2, positions=8)
+    >>> tensor_names(tiny)["layers_0/attn/q/kernel"]
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    names = {"embed/embedding": "model.embed_tokens.weight", "head/norm/scale": "model.norm.weight"}
+    if not config.tie_embeddings:
+        names["head/lm_head"] = "lm_head.weight"
+    projections = {
+        **{f"attn/{x}": (f"self_attn.{x}_proj", config.qkv_bias) for x in "qkv"},
+        "attn/o": ("self_attn.o_proj", config.out_bias),
+        **{f"mlp/{x}": (f"mlp.{x}_proj", config.mlp_bias) for x in ("gate", "up", "down")},
+    }
+    for i in range(config.layers):
+        ours, theirs = f"layers_{i}", f"model.layers.{i}"
+        names[f"{ours}/attn_norm/scale"] = f"{theirs}.input_layernorm.weight"
+        names[f"{ours}/mlp_norm/scale"] = f"{theirs}.post_attention_layernorm.weight"
+        for part, (name, has_bias) in projections.items():
+            names[f"{ours}/{part}/kernel"] = f"{theirs}.{name}.weight"
+            if has_bias:
+                names[f"{ours}/{part}/bias"] = f"{theirs}.{name}.bias"
+    return names

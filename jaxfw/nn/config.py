@@ -1,0 +1,58 @@
+"""The static description of a decoder transformer: what the shells need to declare its parameters."""
+
+import dataclasses
+
+from jaxfw.core.errors import InputError, unknown
+from jaxfw.ops.rope import Rope
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA-like decoder: RMSNorm, rotary attention with grouped heads, gated SiLU feed-forward.
+
+    `param_dtype` is what parameters are stored in, `dtype` what they are multiplied in, `softmax_dtype` what attention
+    weights are computed in. `positions` is the context length that the checkpoint declares. Frozen and hashable: a
+    static argument of every jitted function.
+    """
+
+    vocab: int
+    width: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    init_std: float = 0.02
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    softmax_dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("vocab", "width", "ffn", "layers", "heads", "kv_heads", "head_dim", "positions"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"model.{name}={value!r} must be a whole number from 1 on.")
+        if self.heads % self.kv_heads:
+            raise InputError(
+                f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}: "
+                "each key head serves the same number of query heads."
+            )
+        if self.head_dim % 2:
+            raise InputError(f"model.head_dim={self.head_dim} must be even: rotary embedding turns pairs.")
+        for name in ("param_dtype", "dtype", "softmax_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise unknown(f"model.{name}", getattr(self, name), DTYPES)
+
+    @property
+    def context(self) -> int:
+        """Positions that can be used: the declared ones, or what the rotary embedding was stretched to."""
+        return max(self.positions, int(self.rope.factor * (self.rope.original_positions or self.positions)))

@@ -1,0 +1,144 @@
+"""The parts of a decoder as Linen shells: embedding, attention projections, feed-forward, block, head."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxfw.core.shapes import Array, Float, Int
+from jaxfw.nn.config import DecoderConfig
+from jaxfw.ops.norms import rms_norm
+
+# (q [B T H d], k [B T K d], v [B T K d], hidden [B T D], w_o [H*d D]) -> (heads [B T H d], anything)
+Mix = Callable[..., tuple[Array, Any]]
+
+
+class RMSNorm(nn.Module):
+    """Declares `scale` [D] and normalises the last axis."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
+        return rms_norm(x, scale, eps=self.config.norm_eps)
+
+
+def _dense(config: DecoderConfig, features: int, use_bias: bool) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=nn.initializers.normal(config.init_std),
+    )
+
+
+class Attention(nn.Module):
+    """Declares the four projections; how queries meet keys is `mix`, given by the caller."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        self.q = _dense(c, c.heads * c.head_dim, c.qkv_bias)
+        self.k = _dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v = _dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o = _dense(c, c.width, c.out_bias)
+
+    def __call__(self, hidden: Float[Array, "B T D"], mix: Mix) -> tuple[Float[Array, "B T D"], Any]:
+        B, T, _ = hidden.shape
+        c = self.config
+        q = self.q(hidden).reshape(B, T, c.heads, c.head_dim)
+        k = self.k(hidden).reshape(B, T, c.kv_heads, c.head_dim)
+        v = self.v(hidden).reshape(B, T, c.kv_heads, c.head_dim)
+        w_o = None if self.is_initializing() else self.o.variables["params"]["kernel"]
+        heads, state = mix(q, k, v, hidden, w_o)
+        return self.o(heads.reshape(B, T, c.heads * c.head_dim)), state
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        self.gate = _dense(c, c.ffn, c.mlp_bias)
+        self.up = _dense(c, c.ffn, c.mlp_bias)
+        self.down = _dense(c, c.width, c.mlp_bias)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind its norm, each added to the residual."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        self.attn_norm = RMSNorm(self.config)
+        self.attn = Attention(self.config)
+        self.mlp_norm = RMSNorm(self.config)
+        self.mlp = GatedMLP(self.config)
+
+    def attend_half(self, x: Float[Array, "B T D"], mix: Mix) -> tuple[Float[Array, "B T D"], Any]:
+        """The residual after attention, and what `mix` returned beside the heads."""
+        out, state = self.attn(self.attn_norm(x), mix)
+        return x + out, state
+
+    def mlp_half(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The residual after the feed-forward part."""
+        return x + self.mlp(self.mlp_norm(x))
+
+    def __call__(self, x: Float[Array, "B T D"], mix: Mix) -> tuple[Float[Array, "B T D"], Any]:
+        x, state = self.attend_half(x, mix)
+        return self.mlp_half(x), state
+
+
+class Embedding(nn.Module):
+    """Declares `embedding` [V D]; a lookup."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        c = self.config
+        shape = (c.vocab, c.width)
+        table = self.param("embedding", nn.initializers.normal(c.init_std), shape, jnp.dtype(c.param_dtype))
+        return jnp.take(table, tokens, axis=0).astype(jnp.dtype(c.dtype))
+
+
+class Head(nn.Module):
+    """The last norm and the projection to the vocabulary: its own `lm_head`, or the embedding where tied."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], table: Float[Array, "V D"] | None) -> Float[Array, "B T V"]:
+        x = RMSNorm(self.config, name="norm")(x)
+        if table is None:
+            c = self.config
+            init = nn.initializers.normal(c.init_std)
+            table = self.param("lm_head", init, (c.vocab, c.width), jnp.dtype(c.param_dtype))
+        return jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype))
+
+
+class Decoder(nn.Module):
+    """All parts under their names: declares every parameter of a model (`jaxfw.models.init`), bridges to NNX."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        self.embed = Embedding(self.config)
+        self.layers = [Block(self.config) for _ in range(self.config.layers)]
+        self.head = Head(self.config)
+
+    def __call__(self, tokens: Int[Array, "B T"], mix: Mix) -> Float[Array, "B T V"]:
+        """Logits of the plain forward, without a cache; `mix` as for `Attention`."""
+        x = self.embed(tokens)
+        for block in self.layers:
+            x, _ = block(x, mix)
+        return self.head(x, self.embed.variables["params"]["embedding"] if self.config.tie_embeddings else None)

@@ -1,0 +1,1 @@
+"""Pure mathematics on arrays: shape-typed functions without parameters, state or flax."""

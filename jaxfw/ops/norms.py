@@ -1,0 +1,19 @@
+"""Normalisation over the last axis. Statistics are float32 whatever the input's dtype."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxfw.core.shapes import Array, Float
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], *, eps: float) -> Float[Array, "*B D"]:
+    """Divide by the root mean square, then scale (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    The normalised value is rounded to `x.dtype` before it is scaled, as the LLaMA reference does.
+
+    >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0).tolist()
+    [0.8485281467437744, 1.1313708...]
+    """
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
