@@ -38,9 +38,7 @@ def init(config: DecoderConfig, key: PRNGKeyArray) -> PyTree:
 
 def attention_spec(config: DecoderConfig) -> AttentionSpec:
     """The static description of every layer's attention."""
-    return AttentionSpec(
-        config.kv_heads, config.head_dim, config.head_dim**-0.5, config.rope, config.softmax_dtype
-    )
+    return AttentionSpec(config.kv_heads, config.head_dim, config.head_dim**-0.5, config.rope, config.softmax_dtype)
 
 
 def embed(config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

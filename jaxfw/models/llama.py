@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxfw.core.errors import InputError
 from jaxfw.models.hub_config import check_attributes, read_rope, required, write_rope
 from jaxfw.nn.config import DecoderConfig
 
@@ -48,6 +49,11 @@ def read_config(attributes: dict[str, Any], *, param_dtype: str, dtype: str, sof
 
 def write_config(config: DecoderConfig) -> dict[str, Any]:
     """The attributes of config.json that describe the model, in the v4 and the v5 layout at once."""
+    if config.qkv_bias != config.out_bias:
+        raise InputError(
+            f"model.qkv_bias={config.qkv_bias} and model.out_bias={config.out_bias} differ, but a LLaMA config.json "
+            "has one attention_bias for all four projections: set both alike."
+        )
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

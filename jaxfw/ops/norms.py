@@ -12,7 +12,7 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], *, eps: float) -
     The normalised value is rounded to `x.dtype` before it is scaled, as the LLaMA reference does.
 
     >>> rms_norm(jnp.array([3.0, 4.0]), jnp.ones(2), eps=0.0).tolist()
-    [0.8485281467437744, 1.1313708...]
+    [0.8485281467437744, 1.13137...]
     """
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)

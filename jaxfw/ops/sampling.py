@@ -79,6 +79,6 @@ def sample(
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = filter_logits(logits, sampling)
-    return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
-        keys, logits
-    ).astype(jnp.int32)
+    return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(keys, logits).astype(
+        jnp.int32
+    )

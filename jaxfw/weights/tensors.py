@@ -36,9 +36,7 @@ def _open(path: Path):
         raise InputError(f"{path} is missing, but the index names it: download the missing shard.") from None
     except SafetensorError as error:
         size = path.stat().st_size
-        raise InputError(
-            f"{path} ({size} bytes) is truncated or corrupt ({error}): download it again."
-        ) from None
+        raise InputError(f"{path} ({size} bytes) is truncated or corrupt ({error}): download it again.") from None
 
 
 def locate(directory: Path) -> dict[str, Path]:

@@ -1,0 +1,85 @@
+"""What a report is made of: plain frozen values that say what to show, and nothing about how it looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from jaxfw.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval, written `0.83 [0.79, 0.86]`."""
+
+    value: float
+    low: float
+    high: float
+
+
+Cell: TypeAlias = str | int | float | bool | Interval | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under named columns; units belong into the column's name, as in `prefill (ms)`.
+
+    A cell is a `Cell`, or a numpy or jax scalar. A column has one precision, taken from its intervals where
+    it has some, else from its values; a string is shown as it is, for any other wish.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    note: str = ""
+
+    def __post_init__(self):
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise InputError(
+                    f"Table {self.title!r}: row {number} has {len(row)} cells, the table {len(self.columns)} "
+                    f"columns ({', '.join(map(str, self.columns))}). Use None for a cell without a value."
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A line through (x, y), with the 95 % interval `low..high` as a band. None and NaN leave a gap."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+    def __post_init__(self):
+        if (self.low is None) != (self.high is None):
+            raise InputError(f"Curve {self.name!r} has one of low and high. A band needs both.")
+        given = {"x": self.x, "y": self.y, "low": self.low, "high": self.high}
+        sizes = {name: len(values) for name, values in given.items() if values is not None}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"Curve {self.name!r} has lengths {sizes}. They must be equal.")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Curves over one pair of axes. On a log axis, values <= 0 are left out, and the page says how many."""
+
+    title: str
+    curves: tuple[Curve, ...]
+    x_label: str
+    y_label: str
+    note: str = ""
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prose, or with `mono` anything whose spaces and line breaks matter: generated samples, logs, code."""
+
+    title: str
+    body: str
+    mono: bool = False
+
+
+Section: TypeAlias = Table | Plot | Text
