@@ -99,7 +99,7 @@ def test_dtypes_on_request(saved):
     assert (read.config.param_dtype, read.config.dtype, read.config.softmax_dtype) == (
         "bfloat16", "float16", "bfloat16",
     )  # fmt: skip
-    with pytest.raises(InputError, match="dtype='int8' is unknown. Known: float32, bfloat16, float16"):
+    with pytest.raises(InputError, match=r"dtype='int8' is unknown\. Known: float32, bfloat16, float16"):
         load(saved, dtype="int8")
 
 

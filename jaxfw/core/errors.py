@@ -9,6 +9,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the launcher prints the message without a traceback."""
 
 
+class RunError(RuntimeError):
+    """A run failed for a reason that it can name; the launcher prints the message without a traceback."""
+
+
 def unknown(field: str, value: Any, known: Iterable[Any]) -> InputError:
     """The error for a value outside a closed set, with the nearest known one.
 

@@ -1,0 +1,76 @@
+"""A workdir: the plain files of one run, owned by one process at a time.
+
+`config.json env.json metrics.jsonl tb/ checkpoints/ results.json report.html`, and whatever else an experiment leaves.
+"""
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxfw.core.config import changed_fields
+from jaxfw.core.errors import InputError
+
+
+@contextmanager
+def open_workdir(path: str | Path) -> Iterator[Path]:
+    """The folder, made where it is missing and locked while the context lasts.
+
+    The lock is the operating system's: it goes with the process, however that ends.
+
+    Raises:
+        InputError: another process holds it, or the path cannot be a folder.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--workdir={folder} cannot be written ({error.strerror}): give another folder.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise InputError(
+                f"--workdir={folder} is in use by {owner}: wait until it ends, or give another --workdir."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one step: a reader sees the old one or the new one."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def claim(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json`, or check that the run that the folder holds has the same configuration.
+
+    Raises:
+        InputError: another configuration, with the fields that differ; or a damaged `config.json`.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        write_json(path, config)
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}): give another --workdir.") from None
+    changes = changed_fields(held, json.loads(json.dumps(config)))
+    if changes:
+        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+        raise InputError(
+            f"--workdir={folder} holds a run with another configuration ({'; '.join(changes[:4])}{more}): "
+            "give another --workdir, or remove that folder."
+        )

@@ -1,0 +1,143 @@
+"""The door: run an experiment from a config file.
+
+    python -m jaxfw.launch --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m jaxfw.launch --config=configs/quickstart.py:smoke --config.train.steps=20 --workdir=runs/smoke
+    python -m jaxfw.launch --config=configs/quickstart.py --dry-run
+
+`config.experiment` names a module with `run(config, workdir) -> dict`. The workdir receives config.json, env.json and
+what the experiment writes (metrics.jsonl, tb/, checkpoints/, models), then results.json and report.html. The same
+command on the same workdir goes on from the newest checkpoint. Exit codes: 0; 1 when a check or the run fails; 2 when
+what was given cannot be used. --traceback shows where an error came from.
+"""
+
+import importlib
+import json
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxfw.core import runtime
+from jaxfw.core.config import check_override, to_plain
+from jaxfw.core.errors import InputError, RunError, unknown
+from jaxfw.core.workdir import claim, open_workdir, write_json
+
+OK, FAILED, UNUSABLE = 0, 1, 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse the command line, run, and say in one line what went wrong; returns the exit code."""
+    if any(word in ("--help", "-h", "--helpfull", "-help") for word in argv[1:]):
+        print(__doc__)
+        return OK
+    try:
+        config, options = parse(argv)
+        return dry_run(config) if options["dry-run"].value else launch(config, options["workdir"].value)
+    except (InputError, RunError) as error:
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return UNUSABLE if isinstance(error, InputError) else FAILED
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    """The locked config with its overrides, and the other flags."""
+    named = [word.removeprefix("--config=") for word in argv[1:] if word.startswith("--config=")]
+    if len(named) != 1:
+        raise InputError(f"--config is given {len(named)} times: name one file, as in --config=configs/quickstart.py.")
+    config = load_config(named[0])
+    words = [word for word in argv if not word.startswith("--config=")]
+    for word in words:
+        if word.startswith("--config."):
+            check_override(config, word.removeprefix("--config.").partition("=")[0])
+    options = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, lock_config=True, flag_values=options, sys_argv=words)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=options)
+    flags.DEFINE_bool("dry-run", False, "say what would run, and what it takes", flag_values=options)
+    flags.DEFINE_bool("traceback", False, "show where an error came from", flag_values=options)
+    try:
+        _, *stray = options(words)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise InputError(f"{str(error).rstrip('.')}. See --help.") from None
+    if stray:
+        raise InputError(f"{stray[0]!r} is not a flag: options are written --name=value. See --help.")
+    return options["config"].value, options
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config of `FILE` or `FILE:mini-arguments`.
+
+    Raises:
+        InputError: no such file, no `get_config` in it, or mini-arguments that it does not know.
+    """
+    name, _, arg = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        known = sorted(str(file) for file in path.parent.glob("*.py"))
+        raise unknown("--config: file", name, known or ["(no .py file in that folder)"])
+    get_config = runpy.run_path(name).get("get_config")
+    if get_config is None:
+        raise InputError(f"--config={name} does not define get_config(arg='').")
+    return get_config(arg)
+
+
+def _experiment(config: ConfigDict) -> ModuleType:
+    name = config.get("experiment")
+    if not name:
+        raise InputError("config.experiment is missing: name a module with run(config, workdir).")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise InputError(
+            f"config.experiment={name!r} cannot be imported: run from the root of a checkout, which holds experiments/."
+        ) from None
+    if not hasattr(module, "run"):
+        raise InputError(f"config.experiment={name!r} has no run(config, workdir).")
+    return module
+
+
+def dry_run(config: ConfigDict) -> int:
+    """Print the config and what the experiment says about its cost."""
+    experiment = _experiment(config)
+    print(json.dumps(to_plain(config), indent=2))
+    for name, value in experiment.describe(config).items():
+        print(f"{name}: {value:,}")
+    return OK
+
+
+def launch(config: ConfigDict, path: str | None) -> int:
+    """Run in a workdir that nobody else uses, and leave its files there."""
+    if not path:
+        raise InputError("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart.")
+    experiment = _experiment(config)
+    with open_workdir(path) as workdir:
+        claim(workdir, to_plain(config))
+        runtime.enable_compilation_cache()
+        environment = runtime.environment()
+        write_json(workdir / "env.json", environment)
+        result = experiment.run(config, workdir)
+        page = result.pop("report", {"title": config.experiment})
+        write_json(workdir / "results.json", result | {"environment": environment})
+        from jaxfw.report import write_report
+
+        report = write_report(workdir / "report.html", checks=result["checks"], config=to_plain(config),
+                              environment=environment, **page)  # fmt: skip
+    for check in result["checks"]:
+        print(f"{'ok    ' if check['ok'] else 'FAILED'} {check['name']}: {check['value']} (bound {check['bound']})")
+    print(f"report: {os.path.relpath(report)}")
+    return OK if all(check["ok"] for check in result["checks"]) else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
