@@ -1,0 +1,172 @@
+"""Every check and benchmark that needs a GPU, in one call: does it compute the same there, and how fast?
+
+    python -m experiments.gpu              # on a GPU: writes experiments/results/gpu/core.json
+    python -m experiments.gpu --smoke      # tiny shapes on any platform; writes nothing
+
+Checks compare float32 on the accelerator with float32 on the host's CPU. Speeds are of a LLaMA of 1.1 B parameters in
+bfloat16: a training step (AdamW, float32 state), prefill, and decoding at batch 1 and 32. Every part has its own entry,
+written as soon as it is there: a part that fails costs only itself. Needs no ml_collections, as GPU images lack it.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfw.core import runtime
+from jaxfw.core.workdir import write_json
+from jaxfw.generate import generate
+from jaxfw.generate.timing import measure_speed
+from jaxfw.models import DecoderConfig, Rope, forward, init
+from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
+from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step
+
+RESULTS = Path(__file__).parent / "results" / "gpu" / "core.json"
+SMALL = DecoderConfig(
+    vocab=512, width=128, ffn=352, layers=2, heads=8, kv_heads=2, head_dim=16, positions=1024,
+    rope=Rope(theta=5e5, kind="llama3", factor=8.0, original_positions=256),
+)  # fmt: skip
+LARGE = DecoderConfig(
+    vocab=32768, width=2048, ffn=5632, layers=22, heads=32, kv_heads=4, head_dim=64, positions=4096, dtype="bfloat16"
+)
+PEAK = {"H100": 989e12, "H200": 989e12}  # dense bfloat16 FLOP/s that the vendor states
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Shapes of the benchmarks."""
+
+    model: DecoderConfig
+    batch: int
+    length: int
+    decode_batches: tuple[int, ...]
+    prompt: int
+    new: int
+    repeats: int
+
+
+FULL = Sizes(LARGE, batch=4, length=2048, decode_batches=(1, 32), prompt=1024, new=128, repeats=10)
+SMOKE = Sizes(SMALL, batch=2, length=64, decode_batches=(1, 2), prompt=32, new=8, repeats=2)
+
+
+def check_forward() -> dict[str, Any]:
+    """Logits of a batch with padding, here and on the CPU: the largest difference in units of their deviation."""
+    params = init(SMALL, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 700), 0, SMALL.vocab)
+    lengths = jnp.array([700, 512, 9])
+
+    def run() -> np.ndarray:
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(jax.jit(lambda p, t, n: forward(SMALL, p, t, lengths=n).logits)(params, tokens, lengths))
+
+    here = run()
+    with jax.default_device(jax.devices("cpu")[0]):
+        params, tokens, lengths = jax.device_put((params, tokens, lengths), jax.devices("cpu")[0])
+        there = run()
+    valid = np.arange(700) < np.asarray(lengths)[:, None]
+    error = float(np.abs(here - there)[valid].max() / there[valid].std())
+    return {"error": error, "bound": 1e-4, "ok": error <= 1e-4}
+
+
+def check_decode() -> dict[str, Any]:
+    """Greedy tokens through the cache equal those of whole forwards, up to the first near-tie."""
+    params, prompts = init(SMALL, jax.random.key(0)), [[5, 9, 200], list(range(3, 60)), [7]]
+    with jax.default_matmul_precision("highest"):
+        rows = generate(SMALL, params, prompts, max_new_tokens=48).tokens
+        logits = jax.jit(lambda t: forward(SMALL, params, t).logits)
+        wrong = 0
+        for prompt, new in zip(prompts, rows):
+            out = np.asarray(logits(jnp.array([[*prompt, *new]])))[0, len(prompt) - 1 : -1]
+            top = np.sort(out, axis=-1)
+            is_tie = top[:, -1] - top[:, -2] < 1e-4 * out.std()
+            differs = (out.argmax(axis=-1) != np.array(new)) & ~is_tie
+            wrong += int(differs.any())
+    return {"rows that differ": wrong, "bound": 0, "ok": wrong == 0}
+
+
+def time_training(sizes: Sizes) -> dict[str, Any]:
+    """Seconds of a training step, tokens per second, and the share of the peak that model FLOPs make up."""
+    config = sizes.model
+    optimizer = make_optimizer(OptimizerConfig(warmup=1), steps=1000)
+    step, state = make_step(NextTokenLoss(config), optimizer), init_state(init(config, jax.random.key(0)), optimizer)
+    shape = (sizes.batch, sizes.length + 1)
+    batch = {"tokens": jax.random.randint(jax.random.key(1), shape, 0, config.vocab)}
+    times = []
+    for _ in range(sizes.repeats + 2):
+        begun = time.perf_counter()
+        state, metrics = step(state, batch, jax.random.key(2))
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - begun)
+    seconds = float(np.median(times[2:]))
+    flops = 3 * forward_flops(config, batch=sizes.batch, length=sizes.length)
+    peak = next((value for name, value in PEAK.items() if name in jax.devices()[0].device_kind), None)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": sizes.batch * sizes.length / seconds,
+        "flops_per_step": flops,
+        "flops_per_second": flops / seconds,
+        "mfu": None if peak is None else flops / seconds / peak,
+        "compile_seconds": times[0] - seconds,
+    }
+
+
+def time_generation(sizes: Sizes, batch: int) -> dict[str, Any]:
+    """Tokens per second of prefill and decoding, parameters in bfloat16; bytes of weights read per second."""
+    config = dataclasses.replace(sizes.model, param_dtype="bfloat16", dtype="bfloat16")
+    params = init(config, jax.random.key(0))
+    speed = measure_speed(config, params, batch=batch, prompt=sizes.prompt, new=sizes.new, repeats=sizes.repeats)
+    read = (parameter_bytes(config) - 2 * config.vocab * config.width) * speed.decode / batch
+    return {
+        "batch": batch, "prompt": sizes.prompt, "new": sizes.new, "prefill_tokens_per_second": speed.prefill,
+        "decode_tokens_per_second": speed.decode, "weight_bytes_per_second": read,
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Run all parts; 1 when a check or a part fails, 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on any platform, nothing is written")
+    smoke = parser.parse_args(argv).smoke
+    platform = jax.devices()[0].platform
+    if platform != "gpu" and not smoke:
+        print(f"error: no GPU here, jax sees {platform!r}: install jax[cuda13], or try --smoke.", file=sys.stderr)
+        return 2
+    runtime.enable_compilation_cache()
+    sizes = SMOKE if smoke else FULL
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "forward equals the CPU's": check_forward,
+        "decoding equals whole forwards": check_decode,
+        "training step": lambda: time_training(sizes),
+        **{f"generation, batch {b}": lambda b=b: time_generation(sizes, b) for b in sizes.decode_batches},
+    }
+    result: dict[str, Any] = {
+        "environment": runtime.environment(),
+        "model": dataclasses.asdict(sizes.model) | {"parameters": parameter_count(sizes.model)},
+        "training": {"batch": sizes.batch, "length": sizes.length},
+        "parts": {},
+    }
+    failed = 0
+    for name, part in parts.items():
+        try:
+            found = part()
+        except Exception as error:  # a part that fails must not take the others' figures with it
+            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+        failed += not found.get("ok", True)
+        result["parts"][name] = found
+        print(f"{name}: {json.dumps(found)}", flush=True)
+        if not smoke:
+            RESULTS.parent.mkdir(parents=True, exist_ok=True)
+            write_json(RESULTS, result)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
