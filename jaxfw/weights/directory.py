@@ -86,6 +86,7 @@ def save(
     attributes: Mapping[str, Any] | None = None,
     model_type: str = llama.MODEL_TYPE,
     shard_bytes: int = tensors.SHARD_BYTES,
+    extra: Mapping[str, bytes | str] | None = None,
 ) -> Path:
     """Write config.json and safetensors as the Hub holds them: its tensor names, each in the parameter's own dtype.
 
@@ -96,6 +97,7 @@ def save(
         attributes: further attributes for config.json (token ids, say).
         model_type: the family whose names are written.
         shard_bytes: a larger model is cut into shards of at most this many bytes.
+        extra: further files, by their path in the directory (those of a tokenizer, say).
 
     Raises:
         InputError: the directory is in use, or the tree does not fit the config.
@@ -120,6 +122,9 @@ def save(
     tensors.write(partial, dict(sorted(stored.items())), shard_bytes=shard_bytes)
     described = {**(attributes or {}), **family.write_config(config)}
     (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    for name, content in (extra or {}).items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
     if directory.exists():
         directory.rmdir()
     partial.rename(directory)

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory: one model.safetensors, or shards with an index. Read by name, written whole."""
+"""The tensors of a Hugging Face directory, in one file or in shards with an index: read by name, written whole."""
 
 import json
 import re
