@@ -53,7 +53,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     c = to_dataclass(GenerateConfig, config)
     lm = _load(c)
     prompts = list(c.prompts)
-    drawing = {"temperature": c.temperature, "top_p": c.top_p} if c.temperature else {}
+    drawing: dict[str, Any] = {"temperature": c.temperature, "top_p": c.top_p} if c.temperature else {}
     texts = lm.generate(prompts, max_new_tokens=c.new_tokens, key=jax.random.key(c.seed), **drawing)
     likelihood = [float(np.mean(values)) if len(values) else None for values in lm.logprobs(prompts)]
     speed = {

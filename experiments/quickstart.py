@@ -109,7 +109,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
         "bigram": _ngram_nll(training, windows, c.model.vocab, order=2),
         "unigram": _ngram_nll(training, windows, c.model.vocab, order=1),
     }
-    lm = LM(c.model, trained.params, tokenizer, stop_ids=(tokenizer.eos_id,))
+    lm = LM(c.model, trained.params, tokenizer, stop_ids=_stop_ids(tokenizer))
     loaded = _round_trip(lm, workdir)
     bytes_per_token = len(tokenizer.decode(held_out.tolist()).encode()) / len(held_out)
     samples = _samples(c, loaded)
@@ -130,13 +130,16 @@ def _data(c: QuickstartConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     held_out = documents[::HELD_OUT]
     training = [text for i, text in enumerate(documents) if i % HELD_OUT]
     tokenizer = train_bpe(training, vocab_size=c.model.vocab)
-    if tokenizer.eos_id is None:
-        raise InputError("the tokenizer has no end-of-text token.")
 
     def encode(texts: list[str]) -> np.ndarray:
-        return np.array([id_ for text in texts for id_ in [*tokenizer.encode(text), tokenizer.eos_id]], np.int32)
+        ends = _stop_ids(tokenizer)
+        return np.array([id_ for text in texts for id_ in (*tokenizer.encode(text), *ends)], np.int32)
 
     return tokenizer, encode(training), encode(held_out)
+
+
+def _stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
 def _train(
@@ -248,13 +251,14 @@ def _report(c, nll, bytes_per_token, speed, history, samples) -> dict[str, Any]:
     n = len(nll["model"])
     bits = losses["model"].value / np.log(2) / bytes_per_token
     gain = _interval(nll["bigram"] - nll["model"])
+    better = "better" if gain.value > 0 else "worse"
     return {
         "title": f"Quickstart: a LLaMA of {parameter_count(c.model) / 1e6:.1f} M parameters",
         "summary": (
             f"Trained from scratch for {c.train.steps} steps of {c.train.batch * c.train.length} tokens on the "
             f"documentation of Python's standard library, saved as a Hugging Face directory and loaded back. On "
-            f"held-out documents it predicts {gain.value:.2f} nats per token better than a bigram model "
-            f"(95 % interval {gain.low:.2f} to {gain.high:.2f})."
+            f"held-out documents it is {abs(gain.value):.2f} nats per token {better} than a bigram model (95 % "
+            f"interval of what it gains: {gain.low:.2f} to {gain.high:.2f})."
         ),
         "figures": [
             ("validation loss (nats per token)", losses["model"]),

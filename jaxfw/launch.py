@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise InputError(f"{str(error).rstrip('.')}. See --help.") from None
     if stray:
         raise InputError(f"{stray[0]!r} is not a flag: options are written --name=value. See --help.")
-    return options["config"].value, options
+    return config, options
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -91,7 +91,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def _experiment(config: ConfigDict) -> ModuleType:
-    name = config.get("experiment")
+    name = str(config.get("experiment") or "")
     if not name:
         raise InputError("config.experiment is missing: name a module with run(config, workdir).")
     try:

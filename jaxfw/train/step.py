@@ -60,7 +60,7 @@ def update(
     (loss, aux), grads = value_and_grad(train_state.params, batch, key, state=train_state.state)
     updates, opt_state = optimizer.update(grads, train_state.opt_state, train_state.params)
     params = optax.apply_updates(train_state.params, updates)
-    metrics = {"train/loss": loss, "train/grad_norm": optax.global_norm(grads)} | aux.metrics
+    metrics = {"train/loss": loss, "train/grad_norm": optax.tree.norm(grads)} | aux.metrics
     return TrainState(train_state.step + 1, params, opt_state, aux.state), metrics
 
 

@@ -65,7 +65,7 @@ def load(
         attributes, param_dtype=param_dtype or stored, dtype=dtype or stored, softmax_dtype=softmax_dtype
     )
     names = family.tensor_names(config)
-    shapes = flatten_dict(jax.eval_shape(lambda: init(config, jax.random.key(0))), sep="/")
+    shapes: dict[str, Any] = flatten_dict(jax.eval_shape(lambda: init(config, jax.random.key(0))), sep="/")
     expected = {name: _stored_shape(path, shapes[path].shape) for path, name in names.items()}
     tied = {"lm_head.weight": names["embed/embedding"]} if config.tie_embeddings else {}
     tensors.check(files, expected, ignored=family.IGNORED_TENSORS, tied=tied)
@@ -106,7 +106,7 @@ def save(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not empty: give a new directory, or remove it first.")
     family = FAMILIES[model_type]
-    flat = flatten_dict(params, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     names = family.tensor_names(config)
     if set(flat) != set(names):
         odd = sorted(set(flat) ^ set(names))

@@ -1,0 +1,68 @@
+"""The README's commands exist, its code runs, and its figures are those of the committed results."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
+SHELL = "\n".join(text for language, text in BLOCKS if language == "")
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+
+
+def results(name):
+    return json.loads((ROOT / "experiments" / "results" / name).read_text())
+
+
+def test_make_targets_exist():
+    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    used = set(re.findall(r"\bmake ([a-z]+)", README))
+    assert {"demo", "test", "help"} <= used <= known
+
+
+def test_configs_and_links_exist():
+    named = set(re.findall(r"--config=([\w/]+\.py)", README)) | set(re.findall(r"\]\(([\w./]+)\)", README))
+    assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_command_that_only_looks_runs():
+    looks = [line.split("#")[0].strip() for line in SHELL.splitlines() if "--dry-run" in line]
+    assert looks
+    for line in looks:
+        done = subprocess.run([sys.executable, *line.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_code_runs_in_the_order_in_which_it_stands(tmp_path):
+    """The notebook cell trains (its smoke size); the model then comes from the main job's smoke run."""
+    for name in ("configs", "experiments", "jaxfw"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    launch = ["-m", "jaxfw.launch", "--config=configs/quickstart.py:smoke", "--workdir=runs/quickstart"]
+    done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = "\n".join(line for block in PYTHON for line in block.splitlines() if not line.startswith(("!", "%")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "runs")
+
+
+def test_it_is_short_and_names_the_ten_systems():
+    assert len(README.splitlines()) <= 250
+    rows = re.findall(r"^\| (\d+) \|.*`jaxfw/(\w+)`", README, flags=re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 11))
+    assert len({name for _, name in rows}) == 10
+
+
+@pytest.mark.parametrize("name", ["parity.json", "greedy.json", "cpu_lm.json", "quickstart.json"])
+def test_results_say_where_they_come_from(name):
+    found = results(name)
+    provenance = found.get("environment", found)
+    assert provenance["command"].startswith("python -m ")
+    assert re.fullmatch(r"[0-9a-f]{40}", provenance["commit"]), "made from a commit, with nothing changed"
+    assert provenance["versions"]["jax"] and provenance["machine"]["cores"]
