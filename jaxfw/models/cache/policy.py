@@ -78,6 +78,11 @@ class Cache:
 class CachePolicy(Protocol):
     """What `jaxfw.models.forward`, `layer` and `jaxfw.generate` ask of a policy."""
 
+    @property
+    def reads_previous(self) -> bool:
+        """Whether a layer looks at the state of the one below. If not, it is given None: one trace for all layers."""
+        ...
+
     def at(self, layer: int) -> "CachePolicy":
         """The policy of one layer. Equal policies share one compiled layer."""
         ...
@@ -91,7 +96,7 @@ class CachePolicy(Protocol):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """Attention over a prompt, and a state with room for `room` tokens in all (a static number).
 
-        `previous` is the state of the layer below, for policies that reuse its choice.
+        `previous` is the state of the layer below, for policies that reuse its choice; None in the first layer.
         """
         ...
 

@@ -1,0 +1,271 @@
+"""What every cache policy must hold to, as tests that a policy inherits.
+
+    class TestRing(CacheContract):
+        policy = RingCache(window=64)
+
+A policy that forgets or rounds sets `is_exact = False`: then nothing is compared with the forward without a cache, and
+all the rest still holds.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfw.models import DecoderConfig, attention_spec, first_step, forward, init
+from jaxfw.models.cache import QKV, Cache, CachePolicy
+
+CONFIG = DecoderConfig(
+    vocab=61, width=24, ffn=40, layers=2, heads=6, kv_heads=2, head_dim=8, positions=128, init_std=0.3
+)
+SPEC = attention_spec(CONFIG)
+LENGTHS = (9, 4, 1)
+B, T, ROOM = len(LENGTHS), 12, 24
+PIECE = 5  # an extension by more than one token is padded to this width: one compiled program for all
+ATOL = 2e-5  # logits here have a deviation of 1 to 2; their sums may run in another order
+
+
+@functools.cache
+def params() -> Any:
+    return jax.jit(init, static_argnums=0)(CONFIG, jax.random.key(0))
+
+
+@functools.cache
+def text() -> np.ndarray:
+    """[B ROOM]: prompts and what follows them."""
+    return np.random.default_rng(0).integers(0, CONFIG.vocab, (B, ROOM), np.int32)
+
+
+@functools.cache
+def logits_of_text() -> np.ndarray:
+    """[B ROOM V]: of one forward without a cache."""
+    return np.asarray(jax.jit(forward, static_argnums=0)(CONFIG, params(), jnp.asarray(text())).logits)
+
+
+def cut(starts, lengths, width, rows=range(B)) -> np.ndarray:
+    """[B width]: `lengths[b]` tokens of row `rows[b]` of `text` from `starts[b]` on; what is behind them is junk."""
+    out = np.full((len(lengths), width), CONFIG.vocab - 1, np.int32)
+    for row, source, start, length in zip(out, rows, starts, lengths):
+        row[:length] = text()[source, start : start + length]
+    return out
+
+
+# Compiling is most of what these tests take, and compiles fastest unoptimised.
+FAST_TO_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "policy", "room"), compiler_options=FAST_TO_COMPILE)
+def run(config, policy, params, tokens, lengths, cache=None, *, room=ROOM):
+    return forward(config, params, tokens, lengths=lengths, policy=policy, cache=cache, room=room)
+
+
+def random_qkv(width: int, seed: int) -> QKV:
+    rng, d = np.random.default_rng(seed), CONFIG.head_dim
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
+    q, k, v = (draw(B, width, heads, d) for heads in (CONFIG.heads, CONFIG.kv_heads, CONFIG.kv_heads))
+    return QKV(q, k, v, q, k, draw(B, width, CONFIG.width), draw(CONFIG.heads * d, CONFIG.width))
+
+
+def step_of(lengths, width, seen=0):
+    step = first_step(jnp.asarray(lengths, jnp.int32), width)
+    return dataclasses.replace(step, positions=step.positions + jnp.reshape(jnp.asarray(seen), (-1, 1)))
+
+
+def forms(tree):
+    """Tree, shapes and dtypes."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=ATOL, rtol=0)
+
+
+class CacheContract:
+    """Drives `policy` through a tiny decoder with grouped heads, on three rows of unequal lengths."""
+
+    policy: CachePolicy
+    is_exact = True
+
+    def prefilled(self, config=CONFIG):
+        lengths = jnp.asarray(LENGTHS, jnp.int32)
+        return run(config, self.policy, params(), cut((0, 0, 0), LENGTHS, T), lengths)
+
+    def extended(self, cache, starts, lengths, rows=range(B)):
+        tokens = cut(starts, lengths, 1 if max(lengths) == 1 else PIECE, rows)
+        return run(CONFIG, self.policy, params(), tokens, jnp.asarray(lengths, jnp.int32), cache)
+
+    def empty(self, room):
+        options: Any = {"spec": SPEC, "prompt": room // 2, "new": room - room // 2, "dtype": jnp.float32}
+        return Cache(tuple(self.policy.at(i).empty(B, **options) for i in range(CONFIG.layers)))
+
+    def answer(self, cache):
+        """What a cache says to the same three tokens in every row: tells caches apart by use."""
+        n = cache.seen.shape[0]
+        return self.extended(cache, [ROOM - 3] * n, [3] * n, rows=[0] * n).logits[:, :3]
+
+    def rows(self, cache, index):
+        states = (self.policy.at(i).rows(state, jnp.asarray(index)) for i, state in enumerate(cache.layers))
+        return dataclasses.replace(cache, layers=tuple(states))
+
+    # --- what is known before anything runs
+
+    def test_the_policy_is_a_static_value(self):
+        twin = dataclasses.replace(self.policy)
+        assert twin == self.policy and hash(twin) == hash(self.policy)
+        assert jax.tree.leaves(self.policy) == [self.policy], "a policy is no pytree: it holds no arrays"
+        for i in range(CONFIG.layers):
+            assert self.policy.at(i) == self.policy.at(i) and isinstance(hash(self.policy.at(i)), int)
+
+    def forward_abstractly(self, config, width, cache=None):
+        call = functools.partial(forward, config, policy=self.policy, room=ROOM)
+        lengths, tokens = jnp.ones(B, jnp.int32), jnp.zeros((B, width), jnp.int32)
+        return jax.eval_shape(call, params(), tokens, lengths=lengths, cache=cache).cache
+
+    def test_bytes_are_predicted_by_eval_shape(self):
+        predictions = self.forward_abstractly(CONFIG, T), jax.eval_shape(lambda: self.empty(ROOM))
+        for predicted, held in zip(predictions, (self.prefilled().cache, self.empty(ROOM))):
+            assert predicted.nbytes == held.nbytes == sum(x.nbytes for x in jax.tree.leaves(held)) > 0
+            assert forms(predicted) == forms(held)
+
+    # --- a loop can carry the state
+
+    def test_extend_keeps_tree_shapes_and_dtypes(self):
+        for config in (CONFIG, dataclasses.replace(CONFIG, dtype="bfloat16")):
+            cache = self.forward_abstractly(config, T)
+            for width in (1, PIECE):
+                assert forms(self.forward_abstractly(config, width, cache)) == forms(cache)
+
+    def test_a_loop_with_a_donated_state_equals_steps_from_outside(self):
+        tokens, weights = jnp.asarray(text()), params()
+
+        @functools.partial(jax.jit, donate_argnames="cache")
+        def loop(cache, steps):
+            def advance(i, carry):
+                column = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+                out = forward(CONFIG, weights, column, policy=self.policy, cache=carry[0])
+                return out.cache, out.logits
+
+            return jax.lax.fori_loop(0, steps, advance, (cache, jnp.zeros((B, 1, CONFIG.vocab))))
+
+        inside, logits = loop(jax.tree.map(jnp.copy, self.prefilled().cache), 4)
+        outside = self.prefilled().cache
+        for i in range(4):
+            out = self.extended(outside, (i,) * B, (1,) * B)
+            outside = out.cache
+        assert_close(logits, out.logits)
+        assert inside.seen.tolist() == outside.seen.tolist() == [length + 4 for length in LENGTHS]
+        assert_close(self.answer(inside), self.answer(outside))
+
+    # --- the same numbers, however the tokens arrive
+
+    def test_the_prompt_is_read_as_without_a_cache(self):
+        if self.is_exact:
+            for logits, expected, length in zip(self.prefilled().logits, logits_of_text(), LENGTHS):
+                assert_close(logits[:length], expected[:length])
+
+    def test_token_by_token_equals_one_forward(self):
+        if self.is_exact:
+            cache = self.prefilled().cache
+            for i in range(ROOM - max(LENGTHS)):
+                starts = [length + i for length in LENGTHS]
+                out = self.extended(cache, starts, (1, 1, 1))
+                cache = out.cache
+                assert_close(out.logits[:, 0], logits_of_text()[np.arange(B), starts])
+
+    def test_from_nothing_equals_one_forward(self):
+        if self.is_exact:
+            cache = self.empty(ROOM)
+            for start in (0, 5, 10):
+                out = self.extended(cache, (start,) * B, (5,) * B)
+                cache = out.cache
+                assert_close(out.logits, logits_of_text()[:, start : start + 5])
+
+    def test_several_tokens_equal_one_after_the_other(self):
+        if self.is_exact:
+            cache = self.prefilled().cache
+            together = self.extended(cache, LENGTHS, (5, 5, 5))
+            for i in range(5):
+                alone = self.extended(cache, [length + i for length in LENGTHS], (1, 1, 1))
+                assert_close(alone.logits[:, 0], together.logits[:, i])
+                cache = alone.cache
+            assert cache.seen.tolist() == together.cache.seen.tolist()
+            assert_close(self.answer(cache), self.answer(together.cache))
+
+    # --- reading and writing
+
+    def test_reading_without_writing_changes_nothing(self):
+        policy = self.policy.at(0)
+        prefill = jax.jit(functools.partial(policy.prefill, spec=SPEC, room=ROOM))
+        extend = jax.jit(functools.partial(policy.extend, spec=SPEC), static_argnames="write")
+        _, state = prefill(random_qkv(T, 0), step_of(LENGTHS, T))
+        before, lengths = jax.tree.map(np.array, state), (2, 1, 2)
+        new, step = random_qkv(2, 1), step_of(lengths, 2, seen=state.seen)
+        read, untouched = extend(state, new, step, write=False)
+        written, after = extend(state, new, step)
+        assert_same(jax.tree.map(np.array, untouched), before)
+        for b, length in enumerate(lengths):
+            assert_close(read[b, :length], written[b, :length])
+        assert after.seen.tolist() == [11, 5, 3]
+
+    def test_seen_and_kept_positions_of_unequal_rows(self):
+        cache = self.prefilled().cache
+        later = self.extended(cache, LENGTHS, (2, 1, 3)).cache
+        for held, seen in ((cache, LENGTHS), (later, (11, 5, 4)), (self.empty(ROOM), (0, 0, 0))):
+            for state in held.layers:
+                assert state.seen.tolist() == list(seen)
+                kept = np.asarray(state.kept_positions)
+                assert kept.shape[:2] == (B, CONFIG.kv_heads)
+                for b, k in np.ndindex(kept.shape[:2]):
+                    positions = kept[b, k][kept[b, k] >= 0].tolist()
+                    assert len(set(positions)) == len(positions) and set(positions) <= set(range(seen[b]))
+                    assert not self.is_exact or set(positions) == set(range(seen[b]))
+
+    # --- rows do not know their neighbours
+
+    def test_rows_are_gathered_reordered_and_repeated(self):
+        cache = self.prefilled().cache
+        said = self.answer(cache)
+        for index in ([0, 1, 2], [2, 0, 1], [1, 1, 0], [1]):
+            taken = self.rows(cache, index)
+            assert taken.seen.tolist() == [LENGTHS[b] for b in index]
+            assert_close(self.answer(taken), said[jnp.asarray(index)])
+            for state, source in zip(taken.layers, cache.layers):
+                assert_same(state.kept_positions, source.kept_positions[jnp.asarray(index)])
+
+    def test_a_row_alone_equals_the_row_in_a_padded_batch(self):
+        together = self.prefilled()
+        said = self.answer(together.cache)
+        for b, length in enumerate(LENGTHS):
+            lone = cut([0], [length], max(LENGTHS), rows=[b])
+            alone = run(CONFIG, self.policy, params(), lone, jnp.asarray([length], jnp.int32))
+            assert_close(alone.logits[0, :length], together.logits[b, :length])
+            assert_close(self.answer(alone.cache)[0], said[b])
+
+    def test_a_row_that_is_given_nothing_stays_as_it_is(self):
+        cache = self.prefilled().cache
+        later = self.extended(cache, LENGTHS, (0, 2, 0)).cache
+        assert later.seen.tolist() == [9, 6, 1]
+        change = np.abs(np.asarray(self.answer(later) - self.answer(cache))).max(axis=(1, 2))
+        assert change[0] <= ATOL and change[2] <= ATOL and change[1] > 1000 * ATOL
+
+    def test_padding_of_an_extension_does_no_harm(self):
+        cache = self.prefilled().cache
+        padded = self.extended(cache, LENGTHS, (1, 4, 2))
+        for b, count in enumerate((1, 4, 2)):
+            one = self.rows(cache, [b])
+            for i in range(count):
+                out = self.extended(one, [LENGTHS[b] + i], [1], rows=[b])
+                one = out.cache
+                assert_close(padded.logits[b, i], out.logits[0, 0])
+            assert_close(self.answer(padded.cache)[b], self.answer(one)[0])
