@@ -1,4 +1,4 @@
-"""The main job: a LLaMA of 1.1 M parameters learns the standard library's documentation, in about a minute.
+"""The main job: a LLaMA of 1.2 M parameters learns the standard library's documentation, in about a minute.
 
     python -m jaxfw.launch --config=configs/quickstart.py --workdir=runs/quickstart
     python -m jaxfw.launch --config=configs/quickstart.py:smoke --workdir=runs/smoke       # seconds
@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.experiment = "experiments.quickstart"
     c.seed = 0
     c.documents = 0  # how many of the documents; 0 means all
+    c.baseline = "bigram"  # what the model must beat on held-out text: bigram or unigram
 
     c.model = ConfigDict()
     c.model.vocab = 1024
@@ -29,9 +30,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.head_dim = 32
     c.model.positions = 1024
     c.model.tie_embeddings = True
+    c.model.init_std = 0.08  # 1 / sqrt(width)
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 4e-3
+    c.optimizer.learning_rate = 6e-3
     c.optimizer.warmup = 40
     c.optimizer.final = 0.1  # of the peak learning rate, at the end of the cosine
     c.optimizer.weight_decay = 0.1
@@ -40,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.train = ConfigDict()
-    c.train.steps = 400
+    c.train.steps = 600
     c.train.batch = 8
     c.train.length = 128
     c.train.log_every = 5
@@ -55,12 +57,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if args.smoke:
         c.documents = 300
+        c.baseline = "unigram"
         c.model.vocab = 320
         c.model.width = 32
         c.model.ffn = 64
         c.model.layers = 2
         c.model.heads = 2
         c.model.head_dim = 16
+        c.model.init_std = 0.18
         c.optimizer.learning_rate = 2e-2
         c.optimizer.warmup = 5
         c.train.steps = 60
