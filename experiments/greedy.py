@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import parity, record
+from experiments import parity
+from jaxfw.core import runtime
 from jaxfw.generate import engine
 from jaxfw.models import decoder
 from jaxfw.models.cache import FullCache
@@ -38,7 +39,7 @@ FEW = 0.02  # of all rows may meet a near-tie
 STEPS = 32
 BATCHES, ROWS = 2, 12
 LONGEST = 150
-RESULTS = record.RESULTS / "greedy.json"
+RESULTS = parity.RESULTS.with_name("greedy.json")
 
 Batch = list[list[int]]
 
@@ -232,7 +233,7 @@ def run() -> dict[str, Any]:
     total = {kind: sum(row[kind] for row in cases) for kind in ("rows", "equal", "near_tied", "different")}
     ok = not total["different"] and total["near_tied"] < FEW * total["rows"] and all(f["different"] for f in faults)
     return {
-        **record.provenance("python -m experiments.greedy"),
+        "environment": runtime.environment(),
         "steps": STEPS,
         "near_tie": NEAR_TIE,
         "ok": ok,

@@ -24,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,8 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.record import RESULTS as FOLDER
-from experiments.record import provenance
+from jaxfw.core import runtime
 from jaxfw.core.errors import InputError
 from jaxfw.models import DecoderConfig, decoder, forward, llama
 from jaxfw.nn import layers
@@ -43,7 +43,7 @@ from jaxfw.weights import load
 
 TOLERANCE = {"logits": 1e-5, "gradients": 1e-4}
 VISIBLE = 100  # a planted fault must exceed the tolerance by this factor
-RESULTS = FOLDER / "parity.json"
+RESULTS = Path(__file__).parent / "results" / "parity.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,7 +447,7 @@ def run() -> dict[str, Any]:
         and all(row["times_tolerance"] >= VISIBLE for row in mutations)
     )
     return {
-        **provenance("python -m experiments.parity", sources=("jaxfw", "experiments/parity.py")),
+        "environment": runtime.environment(),
         "tolerance": TOLERANCE,
         "visible": VISIBLE,
         "ok": ok,

@@ -1,5 +1,6 @@
 """The process and its machine: the compilation cache, and what a result must say about where it was made."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -10,7 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("jaxfw", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors", "tokenizers")
+LIBRARIES = (
+    "jaxfw", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors", "tokenizers",
+    "transformers", "torch",
+)  # fmt: skip
 
 
 def enable_compilation_cache() -> Path | None:
@@ -38,7 +42,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": command(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | _versions(),
         "commit": commit(),
         "machine": machine(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
@@ -53,13 +57,13 @@ def command() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `-modified` where tracked files differ; None outside a checkout."""
+    """The checkout's commit, with `-modified` where tracked files but results differ; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)experiments/results"]
         changes = subprocess.run(status, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -76,8 +80,9 @@ def machine() -> dict[str, Any]:
     return {"cpu": models[0] if models else platform.processor(), "cores": cores, "memory_bytes": pages}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

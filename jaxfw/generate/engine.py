@@ -1,9 +1,10 @@
 """Generation on token ids: prefill part by part, then a decode loop that stays on the device.
 
-The prompt goes through one compiled layer in a host loop (all layers share it), padded to a bucket length, so that
-prompts of 1 to 4096 tokens compile at most 8 programs. Decoding is a `while_loop` that runs a chunk of steps, stops by
-itself when every row has met a stop id, and hands the chunk to the host: one program for all prompts that share a
-batch size and a cache size (`room`).
+The prompt goes through one compiled layer in a host loop (all layers share it), padded to a bucket length. The cache
+gets `room` slots, which by default depend on that bucket and on `max_new_tokens`: for one `max_new_tokens`, prompts of
+1 to 4096 tokens compile at most 8 programs. Decoding is a `while_loop` that runs a chunk of steps, stops by itself
+when every row has met a stop id, and hands the chunk to the host: one program for all prompts that share a batch size
+and a `room`.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from jaxfw.ops.sampling import Sampling, sample
 
 SHORTEST_BUCKET = 32
 CHUNK = 32
+STOP_IDS = 8  # stop ids are padded to a multiple of this: their number does not recompile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,19 @@ def bucket(length: int) -> int:
     [32, 64, 4096]
     """
     return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def default_room(prompt: int, new: int) -> int:
+    """Cache slots for prompts of up to `prompt` tokens and `new` more: one number for all prompts of a bucket.
+
+    Fewer than 32 of them, or a quarter, stay empty behind a full bucket: each decode step reads them all.
+
+    >>> [default_room(prompt, 64) for prompt in (1, 33, 64, 4096)]
+    [96, 128, 128, 5120]
+    """
+    needed = bucket(prompt) + new
+    step = max(SHORTEST_BUCKET, bucket(needed) // 8)
+    return -(-needed // step) * step
 
 
 _embed = jax.jit(embed, static_argnums=0)
@@ -88,7 +103,7 @@ def prefill(
     x, states = _embed(config, ends, tokens), []
     for i in range(config.layers):
         numbered = dataclasses.replace(step, layer=jnp.int32(i))
-        previous = states[-1] if states else None
+        previous = states[-1] if states and policy.reads_previous else None
         x, state = _prefill_layer(config, policy.at(i), params[f"layers_{i}"], x, numbered, previous, room=room)
         states.append(state)
     cache = Cache(policy.finish(tuple(states), step))
@@ -118,6 +133,7 @@ def decode(
         i, state, drawn = carry
         lengths = (~state.is_done).astype(jnp.int32)  # a row that is done writes nothing
         out = forward(config, params, state.token[:, None], lengths=lengths, policy=policy, cache=state.cache)
+        assert out.cache is not None
         token = sample(out.logits[:, 0], sampling, state.keys, step=state.step)
         drawn = drawn.at[:, i].set(jnp.where(state.is_done, -1, token))
         is_done = state.is_done | jnp.isin(token, stop_ids)
@@ -132,6 +148,14 @@ def decode(
 def _first_token(logits, sampling, keys, stop_ids):
     token = sample(logits, sampling, keys, step=0)
     return token, jnp.isin(token, stop_ids)
+
+
+_row_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+
+
+def _padded_stop_ids(stop_ids: Sequence[int]) -> Int[Array, "n"]:
+    ids = sorted(set(stop_ids))
+    return jnp.asarray(ids + [-1] * (-len(ids) % STOP_IDS or STOP_IDS * (not ids)), jnp.int32)
 
 
 def generate(
@@ -155,10 +179,12 @@ def generate(
         prompts: token ids, of any lengths.
         max_new_tokens: at most this many a row.
         stop_ids: a row ends with the first of these that it draws.
-        sampling: how to choose tokens; None is greedy. `key`: row b draws with `fold_in(key, b)`; None is key 0.
+        sampling: how to choose tokens; None is greedy.
+        key: row b draws with `fold_in(key, b)`; None is key 0.
         policy: what the cache keeps; None keeps everything.
         room: slots of the cache, at least prompt + new. Calls with equal `room` and batch size share one compiled
-            decode loop; None takes the bucket of what is needed.
+            decode loop, and one compiled prefill for each bucket of prompts. None takes `default_room`, a function
+            of the longest prompt's bucket and `max_new_tokens`; give one `room` to share the loop between buckets.
         on_tokens: called on the host with each chunk of new ids; -1 where a row is done.
 
     Raises:
@@ -168,7 +194,7 @@ def generate(
     sampling.validate()
     longest = _check(config, prompts, max_new_tokens)
     needed = longest + max_new_tokens
-    room = bucket(needed) if room is None else room
+    room = default_room(longest, max_new_tokens) if room is None else room
     if room < needed:
         raise InputError(f"room={room} is below prompt + new tokens = {longest} + {max_new_tokens}: raise room.")
     T = bucket(longest)
@@ -177,8 +203,8 @@ def generate(
         row[: len(prompt)] = prompt
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     key = jax.random.key(0) if key is None else key
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
-    stop = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
+    keys = _row_keys(key, jnp.arange(len(prompts)))
+    stop = _padded_stop_ids(stop_ids)
 
     started = time.perf_counter()
     logits, cache = prefill(config, params, jnp.asarray(tokens), lengths, policy=policy, room=max(room, T))

@@ -1,6 +1,6 @@
 """One decoder, two ways to run it: `forward` in one go, or `embed`, `layer`, `head` driven part by part.
 
-All are pure functions `(config, params, ...)`; parameters are plain nested dicts with a key per layer (`layers_0`, ...).
+All are pure functions `(config, params, ...)`; parameters are plain nested dicts, a key per layer (`layers_0`, ...).
 The whole is the plain composition of the parts.
 """
 
@@ -36,6 +36,10 @@ def init(config: DecoderConfig, key: PRNGKeyArray) -> PyTree:
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), mix)["params"]
 
 
+def _apply(module: Any, params: PyTree, *arguments: Any, method: str | None = None) -> Any:
+    return module.apply({"params": params}, *arguments, method=method)
+
+
 def attention_spec(config: DecoderConfig) -> AttentionSpec:
     """The static description of every layer's attention."""
     return AttentionSpec(config.kv_heads, config.head_dim, config.head_dim**-0.5, config.rope, config.softmax_dtype)
@@ -43,13 +47,13 @@ def attention_spec(config: DecoderConfig) -> AttentionSpec:
 
 def embed(config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """The residual stream before the first layer; `params` is the whole tree."""
-    return Embedding(config).apply({"params": params["embed"]}, tokens)
+    return _apply(Embedding(config), params["embed"], tokens)
 
 
 def head(config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Logits from the residual stream after the last layer; `params` is the whole tree."""
     table = params["embed"]["embedding"] if config.tie_embeddings else None
-    return Head(config).apply({"params": params["head"]}, x, table)
+    return _apply(Head(config), params["head"], x, table)
 
 
 def attend_half(
@@ -84,12 +88,12 @@ def attend_half(
             return policy.prefill(qkv, step, spec=spec, room=room, previous=previous)
         return policy.extend(state, qkv, step, spec=spec, previous=previous)
 
-    return Block(config).apply({"params": params}, x, mix, method="attend_half")
+    return _apply(Block(config), params, x, mix, method="attend_half")
 
 
 def mlp_half(config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The feed-forward half of a layer; `params` is that layer's tree."""
-    return Block(config).apply({"params": params}, x, method="mlp_half")
+    return _apply(Block(config), params, x, method="mlp_half")
 
 
 def layer(
@@ -135,7 +139,7 @@ def forward(
             policy=None if policy is None else policy.at(i),
             state=None if cache is None else cache.layers[i],
             room=room,
-            previous=states[-1] if states else None,
+            previous=states[-1] if states and policy is not None and policy.reads_previous else None,
         )
         states.append(state)
     if policy is not None and cache is None:

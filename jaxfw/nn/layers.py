@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxfw.core.shapes import Array, Float, Int
@@ -25,6 +26,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, eps=self.config.norm_eps)
 
 
+def _token_dot(x: Float[Array, "B T D"], kernel: Array, dimension_numbers, **options) -> Array:
+    """`lax.dot_general` of x's last axis, as one product of two matrices: [B*T D] with the kernel.
+
+    With B and T apart, XLA's CPU backend transposes and copies activations for every kernel's gradient (a feed-forward
+    takes half as long again). Not on a mesh of several devices: there B and T may be sharded over different axes,
+    and merging them would move every activation between devices.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
+    (_, contracting), batch = dimension_numbers
+    out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), contracting), batch), **options)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
 def _dense(config: DecoderConfig, features: int, use_bias: bool) -> nn.Dense:
     return nn.Dense(
         features,
@@ -32,6 +47,7 @@ def _dense(config: DecoderConfig, features: int, use_bias: bool) -> nn.Dense:
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_init=nn.initializers.normal(config.init_std),
+        dot_general=_token_dot,
     )
 
 
@@ -70,7 +86,9 @@ class GatedMLP(nn.Module):
         self.down = _dense(c, c.width, c.mlp_bias)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(nn.silu(self.gate(x)) * self.up(x))
+        # Gradients recompute the product: kept, its factors would double what a layer holds of [B T F].
+        gated = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
+        return self.down(gated(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -123,7 +141,7 @@ class Head(nn.Module):
             c = self.config
             init = nn.initializers.normal(c.init_std)
             table = self.param("lm_head", init, (c.vocab, c.width), jnp.dtype(c.param_dtype))
-        return jnp.einsum("BTD,VD->BTV", x, table.astype(x.dtype))
+        return _token_dot(x, table.astype(x.dtype), (((2,), (1,)), ((), ())))
 
 
 class Decoder(nn.Module):

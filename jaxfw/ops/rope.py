@@ -89,14 +89,15 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, width: int) -> np.ndarray:
-    assert rope.original_positions is not None
+    original = rope.original_positions
+    assert original is not None
     positions = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     base = (np.float64(rope.theta) ** positions.astype(np.float64)).astype(np.float32)
     extrapolated, interpolated = np.float32(1) / base, np.float32(1) / (np.float32(rope.factor) * base)
 
     def pair_turning(turns: float) -> float:
         """The (fractional) pair that makes `turns` turns over the original context."""
-        return width * math.log(rope.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
     if rope.truncate:
@@ -127,7 +128,7 @@ def attention_factor(rope: Rope) -> float:
 def rotation(
     rope: Rope, positions: Int[Array, "B T"], *, width: int, seq_len: Int[Array, "B"]
 ) -> tuple[Float[Array, "B T d/2"], Float[Array, "B T d/2"]]:
-    """Cosine and sine of every pair's angle, float32. `seq_len` (tokens of the row so far) matters to `dynamic` only."""
+    """Cosine and sine of every pair's angle, float32. Only `dynamic` reads `seq_len`, the tokens of the row so far."""
     if rope.kind == "dynamic":
         frequencies = _dynamic_frequencies(rope, width, seq_len)[:, None, :]
     else:

@@ -1,9 +1,9 @@
 """Training: one contract for losses, one step, one loop.
 
-    step      LossFn, Aux, TrainState; `update` (pure) and `make_step` (its jit)
-    optimizer OptimizerConfig -> an optax transformation
-    language  the next-token loss of a decoder, and its evaluation on held-out tokens
-    loop      `train`: batches in, metrics, checkpoints and a trained state out
+step      LossFn, Aux, TrainState; `update` (pure) and `make_step` (its jit)
+optimizer OptimizerConfig -> an optax transformation
+language  the next-token loss of a decoder, and its evaluation on held-out tokens
+loop      `train`: batches in, metrics, checkpoints and a trained state out
 """
 
 from jaxfw.train.language import NextTokenLoss, evaluate_tokens

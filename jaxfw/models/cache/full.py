@@ -31,6 +31,8 @@ class FullState:
 class FullCache:
     """Keeps everything, in the model's compute dtype."""
 
+    reads_previous = False
+
     def at(self, layer: int) -> "FullCache":
         """The same policy in every layer."""
         return self
@@ -49,14 +51,7 @@ class FullCache:
 
     def extend(self, state: FullState, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, write=True):
         """Write the new tokens behind the seen ones, then attend to all of them."""
-
-        def put(rows, new, at):
-            return jax.lax.dynamic_update_slice(rows, new, (0, at, 0))
-
-        k, v = (
-            jax.vmap(put)(kept, jnp.swapaxes(new, 1, 2).astype(kept.dtype), state.seen)
-            for kept, new in ((state.k, qkv.k), (state.v, qkv.v))
-        )
+        k, v = _write(state.k, qkv.k, state.seen), _write(state.v, qkv.v, state.seen)
         out = attend(
             qkv.q, k, v, positions=step.positions, scale=spec.scale, softmax_dtype=jnp.dtype(spec.softmax_dtype)
         )
@@ -69,3 +64,15 @@ class FullCache:
     def rows(self, state: FullState, index: Int[Array, "B2"]) -> FullState:
         """Gather rows."""
         return jax.tree.map(lambda x: jnp.take(x, index, axis=0), state)
+
+
+def _write(slots: Float[Array, "B K S d"], new: Float[Array, "B T K d"], start: Int[Array, "B"]) -> Array:
+    """`new` in the slots from `start` on, each row at its own; what would lie beyond S is dropped.
+
+    One index a head and token: a single `dynamic_update_slice` (one row, one token) is duplicated into its readers by
+    XLA's CPU fusion, and every step of a decode loop then copies the whole buffer four times.
+    """
+    B, T, K, _ = new.shape
+    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
+    at = start[:, None, None] + jnp.arange(T)
+    return slots.at[rows, heads, at].set(jnp.swapaxes(new, 1, 2).astype(slots.dtype), unique_indices=True)

@@ -1,0 +1,1 @@
+"""Us against a peer on the same work in one run."""
