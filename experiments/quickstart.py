@@ -131,7 +131,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
 
 def _data(c: QuickstartConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
     """A tokenizer trained on the training documents, and the tokens of both parts."""
-    documents = stdlib_docstrings()[: c.documents or None]
+    documents = stdlib_docstrings(most=c.documents or None)
     held_out = documents[::HELD_OUT]
     training = [text for i, text in enumerate(documents) if i % HELD_OUT]
     tokenizer = train_bpe(training, vocab_size=c.model.vocab)

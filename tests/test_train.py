@@ -83,9 +83,10 @@ def test_updates_can_be_vmapped_over_clients():
 
 
 def test_the_compiled_step_is_the_update():
-    step = make_step(NextTokenLoss(CONFIG), OPTIMIZER)
-    expected, expected_metrics = update(NextTokenLoss(CONFIG), OPTIMIZER, fresh(), BATCHES(1), jax.random.key(0))
-    got, metrics = step(fresh(), BATCHES(1), jax.random.key(0))
+    loss_fn = NextTokenLoss(dataclasses.replace(CONFIG, layers=1))
+    start = init_state(init(loss_fn.config, jax.random.key(0)), OPTIMIZER)
+    expected, expected_metrics = update(loss_fn, OPTIMIZER, start, BATCHES(1), jax.random.key(0))
+    got, metrics = make_step(loss_fn, OPTIMIZER)(start, BATCHES(1), jax.random.key(0))
     # Adam divides by the root of the second moment, so gradients of about eps may end an update apart.
     chex.assert_trees_all_close(got.params, expected.params, atol=2e-5)
     chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)

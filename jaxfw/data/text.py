@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 
-def stdlib_docstrings(*, shortest: int = 200) -> list[str]:
+def stdlib_docstrings(*, shortest: int = 200, most: int | None = None) -> list[str]:
     """The docstrings of the standard library's modules, classes and functions, in the order of file and line.
 
     Sources are parsed, never imported. Indentation is cleaned, and the few that repeat another are left out.
@@ -14,6 +14,7 @@ def stdlib_docstrings(*, shortest: int = 200) -> list[str]:
 
     Args:
         shortest: leave out docstrings with fewer characters.
+        most: stop when so many are found; None takes all, which takes a few seconds.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -26,7 +27,9 @@ def stdlib_docstrings(*, shortest: int = 200) -> list[str]:
             text = ast.get_docstring(node) if isinstance(node, documented) else None
             if text and len(text) >= shortest:
                 found[text] = None
-    return list(found)
+        if most is not None and len(found) >= most:
+            break
+    return list(found)[:most]
 
 
 def _parse(path: Path) -> ast.Module | None:
