@@ -227,6 +227,7 @@ def _metrics(c, nll, bytes_per_token, speed, history) -> dict[str, Any]:
             name: dataclasses.asdict(loss) | {"n": len(nll[name]), "unit": "nats per token, over windows"}
             for name, loss in losses.items()
         },
+        "gain_over_bigram": dataclasses.asdict(_interval(nll["bigram"] - nll["model"])),
         "bits_per_byte": losses["model"].value / np.log(2) / bytes_per_token,
         "train_loss": history[-1]["train/loss"] if history else None,
         "tokens_per_second": {f"batch {batch}": dataclasses.asdict(rates) for batch, rates in speed.items()},

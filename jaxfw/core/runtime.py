@@ -15,6 +15,7 @@ LIBRARIES = (
     "jaxfw", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "safetensors", "tokenizers",
     "transformers", "torch",
 )  # fmt: skip
+CODE = ("jaxfw", "pallas_kernels", "configs", "experiments", "pyproject.toml", ":(exclude)experiments/results")
 
 
 def enable_compilation_cache() -> Path | None:
@@ -57,14 +58,15 @@ def command() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `-modified` where tracked files but results differ; None outside a checkout."""
+    """The checkout's commit, with `-modified` where its code differs; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)experiments/results"]
-        changes = subprocess.run(status, cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--", *CODE], cwd=root, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("-modified" if changes.stdout.strip() else "")
