@@ -32,9 +32,10 @@ test: .venv/dev  ## lint, types, unit tests, doctests
 	$(PYTHON) -m venv .venv-oracle
 	$(ORACLE) $(PIP) torch==2.13.0
 	$(ORACLE) $(PIP) --editable '.[dev,oracle]'
+	$(ORACLE) $(PIP) --target .venv-oracle/transformers4 'transformers==4.57.*'
 	touch $@
-oracle: .venv-oracle/installed  ## compare with transformers and torch (installs them, on the CPU)
-	$(ORACLE) -m pytest -n 2 tests/oracle
+oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files) and torch; installs them, on the CPU
+	JAXFW_TRANSFORMERS4=$(CURDIR)/.venv-oracle/transformers4 $(ORACLE) -m pytest -n 2 tests/oracle
 
 bench: .venv-oracle/installed  ## speed beside transformers and torch, on this machine's CPU
 	$(ORACLE) -m experiments.bench.cpu_lm
