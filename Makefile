@@ -1,7 +1,10 @@
 # Two environments in the checkout: .venv runs and tests jaxfw, .venv-oracle adds transformers and torch.
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
+CUDA ?= cuda13
 PIP = -m pip install --quiet --disable-pip-version-check
+# compat: otherwise a script in the folder above a clone named jaxfw imports that folder, an empty namespace.
+EDITABLE = --config-settings editable_mode=compat --editable
 BIN = .venv/bin/python
 ORACLE = .venv-oracle/bin/python
 
@@ -13,14 +16,14 @@ help:  ## this list
 install: .venv/installed  ## make .venv and install jaxfw into it
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN) $(PIP) --editable .
+	$(BIN) $(PIP) $(EDITABLE) .
 	touch $@
 
 demo: install  ## train a small LLaMA, save, load, generate; page in runs/quickstart/report.html
 	$(BIN) -m jaxfw.launch --config=configs/quickstart.py --workdir=$(WORKDIR)
 
 .venv/dev: .venv/installed
-	$(BIN) $(PIP) --editable '.[dev]'
+	$(BIN) $(PIP) $(EDITABLE) '.[dev]'
 	touch $@
 test: .venv/dev  ## lint, types, unit tests, doctests
 	$(BIN) -m ruff check .
@@ -31,7 +34,7 @@ test: .venv/dev  ## lint, types, unit tests, doctests
 .venv-oracle/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oracle
 	$(ORACLE) $(PIP) torch==2.13.0
-	$(ORACLE) $(PIP) --editable '.[dev,oracle]'
+	$(ORACLE) $(PIP) $(EDITABLE) '.[dev,oracle]'
 	$(ORACLE) $(PIP) --target .venv-oracle/transformers4 'transformers==4.57.*'
 	touch $@
 oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files) and torch; installs them, on the CPU
@@ -40,7 +43,10 @@ oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files
 bench: .venv-oracle/installed  ## speed beside transformers and torch, on this machine's CPU
 	$(ORACLE) -m experiments.bench.cpu_lm
 
-gpu: install  ## every check and benchmark that needs a GPU, in one call
+.venv/$(CUDA): .venv/installed
+	$(BIN) $(PIP) $(EDITABLE) '.[$(CUDA)]'
+	touch $@
+gpu: .venv/$(CUDA)  ## every check and benchmark that needs a GPU, in one call (CUDA=cuda12 for older drivers)
 	$(BIN) -m experiments.gpu
 
 clean:  ## remove both environments and what runs and tools left

@@ -1,9 +1,10 @@
 """The main job: a LLaMA of 1.2 M parameters learns the standard library's documentation, in about a minute.
 
     python -m jaxfw.launch --config=configs/quickstart.py --workdir=runs/quickstart
-    python -m jaxfw.launch --config=configs/quickstart.py:smoke --workdir=runs/smoke       # seconds
+    python -m jaxfw.launch --config=configs/quickstart.py:smoke --workdir=runs/smoke
 
-Two CPU cores: a minute of training, under two minutes in all. The flag that you will want: --config.train.steps=2000.
+Two quiet CPU cores: a minute of training, a minute and a half in all; the smoke run takes 20 seconds. The flag that you
+will want: --config.train.steps=2000.
 """
 
 from ml_collections import ConfigDict

@@ -12,8 +12,9 @@ from jaxfw.core.config import to_dataclass
 from jaxfw.core.errors import InputError
 from jaxfw.generate import LM
 from jaxfw.generate.timing import Speed, measure_speed
-from jaxfw.models.accounting import parameter_bytes, parameter_count
+from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
 from jaxfw.report import Table, Text
+from jaxfw.weights import load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,12 @@ class GenerateConfig:
             raise InputError("config.model='' is empty: name a Hugging Face directory, as in --config.model=DIR.")
         if not self.prompts:
             raise InputError("config.prompts=() is empty: give at least one text.")
+        if self.seed < 0:
+            raise InputError(f"config.seed={self.seed} must be 0 or more.")
+        if not all(batch >= 1 for batch in (*self.timed_batches, self.timed_prompt)):
+            raise InputError(
+                f"config.timed_batches={self.timed_batches} and timed_prompt={self.timed_prompt} must be >= 1."
+            )
 
 
 def _load(c: GenerateConfig) -> LM:
@@ -43,25 +50,41 @@ def _load(c: GenerateConfig) -> LM:
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """What the model takes."""
-    model = _load(to_dataclass(GenerateConfig, config)).config
-    return {"parameters": parameter_count(model), "parameter bytes": parameter_bytes(model), "context": model.context}
+    """What the model takes; no tensor is read."""
+    c = to_dataclass(GenerateConfig, config)
+    model = load_config(c.model, param_dtype=c.dtype or None, dtype=c.dtype or None)
+    return {
+        "parameters": parameter_count(model),
+        "parameter bytes": parameter_bytes(model),
+        "context": model.context,
+        f"FLOPs of a prompt of {c.timed_prompt}": forward_flops(model, batch=1, length=c.timed_prompt),
+    }
 
 
 def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     """Continuations, the log-probability of each prompt, and tokens per second."""
     c = to_dataclass(GenerateConfig, config)
     lm = _load(c)
+    timed_new = max(2, c.new_tokens)
+    if c.timed_prompt + timed_new > lm.config.context:
+        raise InputError(
+            f"config.timed_prompt={c.timed_prompt} and {timed_new} new tokens exceed the model's {lm.config.context} "
+            "positions: lower timed_prompt."
+        )
     prompts = list(c.prompts)
-    drawing: dict[str, Any] = {"temperature": c.temperature, "top_p": c.top_p} if c.temperature else {}
-    texts = lm.generate(prompts, max_new_tokens=c.new_tokens, key=jax.random.key(c.seed), **drawing)
+    texts = lm.generate(
+        prompts, max_new_tokens=c.new_tokens, temperature=c.temperature, top_p=c.top_p if c.top_p != 1 else None,
+        key=jax.random.key(c.seed),
+    )  # fmt: skip
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{prompt!r} -> {text!r}", flush=True)
     likelihood = [float(np.mean(values)) if len(values) else None for values in lm.logprobs(prompts)]
     speed = {
-        batch: measure_speed(lm.config, lm.params, batch=batch, prompt=c.timed_prompt, new=max(2, c.new_tokens))
+        batch: measure_speed(lm.config, lm.params, batch=batch, prompt=c.timed_prompt, new=timed_new)
         for batch in c.timed_batches
     }
     answers = [
-        {"prompt": prompt, "text": text, "mean_logprob": value}
+        {"prompt": prompt, "text": text, "prompt_mean_logprob": value}
         for prompt, text, value in zip(prompts, texts, likelihood, strict=True)
     ]
     return {
@@ -85,7 +108,7 @@ def _report(c: GenerateConfig, lm: LM, answers: list[dict[str, Any]], speed: dic
             Table(
                 "Prompts",
                 ("prompt", "mean log-probability (nats per token)"),
-                tuple((answer["prompt"], answer["mean_logprob"]) for answer in answers),
+                tuple((answer["prompt"], answer["prompt_mean_logprob"]) for answer in answers),
                 note="Of each token given those before it; the first token has none.",
             ),
             Table(

@@ -66,6 +66,14 @@ class GenerateConfig:
     new_tokens: int
     temperature: float
 
+    def __post_init__(self):
+        if not self.prompts:
+            raise InputError("generate.prompts=() is empty: give at least one text.")
+        if self.new_tokens < 1:
+            raise InputError(f"generate.new_tokens={self.new_tokens} must be at least 1.")
+        if self.temperature < 0:
+            raise InputError(f"generate.temperature={self.temperature} must be 0 (greedy) or above.")
+
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
@@ -83,6 +91,12 @@ class QuickstartConfig:
     def __post_init__(self):
         if self.baseline not in ("bigram", "unigram"):
             raise unknown("config.baseline", self.baseline, ("bigram", "unigram"))
+        if self.seed < 0 or self.documents < 0:
+            raise InputError(f"config.seed={self.seed} and config.documents={self.documents} must be 0 or more.")
+        if self.train.length > self.model.context:
+            raise InputError(f"train.length={self.train.length} exceeds model.positions={self.model.positions}.")
+        if self.train.batch * self.train.validation_batches < 2:
+            raise InputError("train.batch=1 with train.validation_batches=1 is one window: an interval needs two.")
 
 
 def describe(config: Any) -> dict[str, Any]:
@@ -106,6 +120,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     """The job; `metrics`, `checks` and the contents of the page. Without a workdir nothing is kept."""
     c = to_dataclass(QuickstartConfig, config)
     tokenizer, training, held_out = _data(c)
+    _check_prompts(c, tokenizer)
     windows = list(consecutive_windows(held_out, batch=c.train.batch, length=c.train.length,
                                        most=c.train.validation_batches))  # fmt: skip
     trained, history = _train(c, training, windows, workdir)
@@ -116,10 +131,12 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     }
     lm = LM(c.model, trained.params, tokenizer, stop_ids=_stop_ids(tokenizer))
     loaded = _round_trip(lm, workdir)
-    bytes_per_token = len(tokenizer.decode(held_out.tolist()).encode()) / len(held_out)
+    predicted = np.concatenate(windows)[:, 1:]
+    bytes_per_token = sum(len(tokenizer.decode(row).encode()) for row in predicted.tolist()) / predicted.size
     samples = _samples(c, loaded)
+    prompt = _timed_prompt(c)
     speed = {
-        batch: measure_speed(c.model, loaded.params, batch=batch, prompt=TIMED_PROMPT, new=TIMED_NEW, seed=c.seed)
+        batch: measure_speed(c.model, loaded.params, batch=batch, prompt=prompt, new=TIMED_NEW, seed=c.seed)
         for batch in (1, 8)
     }
     return {
@@ -147,9 +164,26 @@ def _stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
+def _check_prompts(c: QuickstartConfig, tokenizer: Tokenizer) -> None:
+    """What generation would refuse, said before the training and not after it."""
+    longest = max(len(tokenizer.encode(prompt)) for prompt in c.generate.prompts)
+    if longest + c.generate.new_tokens > c.model.context:
+        raise InputError(
+            f"generate.prompts of {longest} tokens and generate.new_tokens={c.generate.new_tokens} exceed "
+            f"model.positions={c.model.positions}: lower new_tokens or raise positions."
+        )
+    if c.model.context <= TIMED_NEW:
+        raise InputError(f"model.positions={c.model.positions} must be above {TIMED_NEW}: so many tokens are timed.")
+
+
+def _timed_prompt(c: QuickstartConfig) -> int:
+    return min(TIMED_PROMPT, c.model.context - TIMED_NEW)
+
+
 def _train(
     c: QuickstartConfig, tokens: np.ndarray, windows: list[np.ndarray], workdir: Path | None
 ) -> tuple[TrainState, list[dict[str, Any]]]:
+    batches = RandomWindows(tokens, batch=c.train.batch, length=c.train.length, seed=c.seed)
     optimizer = make_optimizer(c.optimizer, steps=c.train.steps)
     step = make_step(NextTokenLoss(c.model), optimizer)
     key = jax.random.key(c.seed)
@@ -162,7 +196,7 @@ def _train(
             state = train(
                 state,
                 step,
-                RandomWindows(tokens, batch=c.train.batch, length=c.train.length, seed=c.seed),
+                batches,
                 jax.random.fold_in(key, 1),
                 steps=c.train.steps,
                 metrics=metrics,
@@ -187,11 +221,13 @@ def _ngram_nll(tokens: np.ndarray, windows: list[np.ndarray], vocab: int, *, ord
     before, after = held_out[:, :-1], held_out[:, 1:]
     if order == 1:
         return -np.log(single[after]).mean(axis=1)
-    pairs = np.zeros((vocab, vocab), np.float32)
-    np.add.at(pairs, (tokens[:-1], tokens[1:]), 1)
-    seen, kinds = pairs.sum(axis=1), (pairs > 0).sum(axis=1)
+    pairs, counts = np.unique(tokens[:-1].astype(np.int64) * vocab + tokens[1:], return_counts=True)
+    seen = np.bincount(tokens[:-1], minlength=vocab)
+    kinds = np.bincount(pairs // vocab, minlength=vocab)
+    wanted = before.astype(np.int64) * vocab + after
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    likelihood = np.where(pairs[place] == wanted, counts[place], 0) / np.maximum(seen, 1)[before]
     back_off = np.where(seen > 0, kinds / np.maximum(seen + kinds, 1), 1.0)[before]
-    likelihood = pairs[before, after] / np.maximum(seen, 1)[before]
     return -np.log((1 - back_off) * likelihood + back_off * single[after]).mean(axis=1)
 
 
@@ -284,7 +320,7 @@ def _report(c, nll, bytes_per_token, speed, history, samples) -> dict[str, Any]:
                 "Speed",
                 ("batch", "prefill (tokens/s)", "decode (tokens/s)"),
                 tuple((batch, rates.prefill, rates.decode) for batch, rates in speed.items()),
-                note=f"Prompts of {TIMED_PROMPT} tokens, {TIMED_NEW} new ones; medians of 5 runs after "
+                note=f"Prompts of {_timed_prompt(c)} tokens, {TIMED_NEW} new ones; medians of 5 runs after "
                 "compilation, on the machine named under Environment.",
             ),
             *(Text(prompt, f"greedy: {greedy}\n\ndrawn at temperature {c.generate.temperature}: {drawn}", mono=True)
@@ -298,6 +334,6 @@ def _loss_plot(history: list[dict[str, Any]], losses: dict[str, Interval]) -> Pl
     for name, label in (("train/loss", "training"), ("validation/loss", "validation")):
         rows = [row for row in history if name in row]
         curves.append(Curve(label, [row["step"] for row in rows], [row[name] for row in rows]))
-    ends = [history[0]["step"], history[-1]["step"]]
+    ends = [history[0]["step"], history[-1]["step"]] if history else [0, 1]
     curves += [Curve(name, ends, [losses[name].value] * 2) for name in ("unigram", "bigram")]
     return Plot("Loss", tuple(curves), "step", "nats per token")

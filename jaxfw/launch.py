@@ -10,7 +10,8 @@ command on the same workdir goes on from the newest checkpoint. Exit codes: 0; 1
 what was given cannot be used. --traceback shows where an error came from.
 """
 
-import importlib
+import difflib
+import importlib.util
 import json
 import os
 import runpy
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -26,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxfw.core import runtime
 from jaxfw.core.config import check_override, to_plain
 from jaxfw.core.errors import InputError, RunError, unknown
-from jaxfw.core.workdir import claim, open_workdir, write_json
+from jaxfw.core.workdir import claim, open_workdir, release, write_json
 
 OK, FAILED, UNUSABLE = 0, 1, 2
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE if isinstance(error, InputError) else FAILED
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted: the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         return 130
 
 
@@ -53,7 +55,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """The locked config with its overrides, and the other flags."""
     named = [word.removeprefix("--config=") for word in argv[1:] if word.startswith("--config=")]
     if len(named) != 1:
-        raise InputError(f"--config is given {len(named)} times: name one file, as in --config=configs/quickstart.py.")
+        near = [word for word in argv[1:] if difflib.get_close_matches(word.partition("=")[0], ["--config"])]
+        hint = f" Did you mean --config where you wrote {near[0]}?" if near and not named else ""
+        raise InputError(
+            f"--config is given {len(named)} times: name one file, as in --config=configs/quickstart.py.{hint}"
+        )
     config = load_config(named[0])
     words = [word for word in argv if not word.startswith("--config=")]
     for word in words:
@@ -83,11 +89,19 @@ def load_config(spec: str) -> ConfigDict:
     path = Path(name)
     if not path.is_file():
         known = sorted(str(file) for file in path.parent.glob("*.py"))
-        raise unknown("--config: file", name, known or ["(no .py file in that folder)"])
-    get_config = runpy.run_path(name).get("get_config")
-    if get_config is None:
-        raise InputError(f"--config={name} does not define get_config(arg='').")
-    return get_config(arg)
+        if not known:
+            raise InputError(f"--config={name} does not exist in {Path.cwd()}: run from the root of a checkout.")
+        raise unknown("--config: file", name, known)
+    try:
+        get_config = runpy.run_path(name)["get_config"]
+        return get_config(arg)
+    except InputError:
+        raise
+    except Exception as error:  # a config file is a program: it can raise anything
+        raise InputError(
+            f"--config={name} is no config file with get_config(arg=''): {type(error).__name__}: {error}. "
+            "--traceback shows where."
+        ) from error
 
 
 def _experiment(config: ConfigDict) -> ModuleType:
@@ -99,9 +113,12 @@ def _experiment(config: ConfigDict) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
             raise
-        raise InputError(
-            f"config.experiment={name!r} cannot be imported: run from the root of a checkout, which holds experiments/."
-        ) from None
+        if importlib.util.find_spec("experiments") is None:
+            raise InputError(
+                f"config.experiment={name!r} cannot be imported: run from the root of a checkout."
+            ) from None
+        known = [f"experiments.{path.stem}" for path in sorted(Path("experiments").glob("[a-z]*.py"))]
+        raise unknown("config.experiment", name, known) from None
     if not hasattr(module, "run"):
         raise InputError(f"config.experiment={name!r} has no run(config, workdir).")
     return module
@@ -116,6 +133,14 @@ def dry_run(config: ConfigDict) -> int:
     return OK
 
 
+def _earlier(path: Path) -> list[dict[str, Any]]:
+    """When, by what command and from which commit this workdir was worked on before."""
+    if not path.exists():
+        return []
+    last = json.loads(path.read_text(encoding="utf-8"))
+    return [*last.get("earlier", []), {name: last.get(name) for name in ("started", "command", "commit")}]
+
+
 def launch(config: ConfigDict, path: str | None) -> int:
     """Run in a workdir that nobody else uses, and leave its files there."""
     if not path:
@@ -124,9 +149,13 @@ def launch(config: ConfigDict, path: str | None) -> int:
     with open_workdir(path) as workdir:
         claim(workdir, to_plain(config))
         runtime.enable_compilation_cache()
-        environment = runtime.environment()
+        environment = runtime.environment() | {"earlier": _earlier(workdir / "env.json")}
         write_json(workdir / "env.json", environment)
-        result = experiment.run(config, workdir)
+        try:
+            result = experiment.run(config, workdir)
+        except InputError:
+            release(workdir)
+            raise
         page = result.pop("report", {"title": config.experiment})
         write_json(workdir / "results.json", result | {"environment": environment})
         from jaxfw.report import write_report

@@ -339,10 +339,12 @@ def test_configs_are_static_arguments():
     "rope, positions, context",
     [
         (Rope(), 64, 64),
-        (Rope(kind="linear", factor=4.0), 64, 256),
+        (Rope(kind="linear", factor=4.0), 64, 64),
         (Rope(kind="dynamic", factor=2.0, original_positions=64), 64, 128),
         (Rope(kind="yarn", factor=4.0, original_positions=32), 128, 128),
-        (Rope(kind="llama3", factor=8.0, original_positions=8192), 131072, 131072),
+        (Rope(kind="yarn", factor=4.0, original_positions=32768), 32768, 131072),
+        (Rope(kind="llama3", factor=8.0, original_positions=8192), 131072, 131072),  # Llama 3.1
+        (Rope(kind="llama3", factor=32.0, original_positions=8192), 131072, 131072),  # Llama 3.2
     ],
 )
 def test_context_is_what_is_declared_or_stretched_to(rope, positions, context):

@@ -168,7 +168,9 @@ def test_a_row_that_is_done_writes_nothing():
     before = jax.tree.map(np.array, cache)
     is_done = np.array([True, False, True, False])
     keys = jax.random.split(jax.random.key(0), len(lengths))
-    state = Decoding(cache, jnp.array([1, 2, 3, 4], jnp.int32), jnp.asarray(is_done), keys, jnp.int32(1))
+    state = Decoding(
+        cache, jnp.array([1, 2, 3, 4], jnp.int32), jnp.asarray(is_done), jnp.bool(True), keys, jnp.int32(1)
+    )
     stop, limit = jnp.array([-1], jnp.int32), jnp.int32(4)
     after, drawn = decode(CONFIG, FullCache(), params(), state, Sampling(), stop, limit)
     assert int(after.step) == 5

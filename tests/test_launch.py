@@ -107,6 +107,8 @@ def test_the_same_command_again_goes_on_from_the_end(finished):
     workdir, (first, second) = finished
     assert "resumed" not in first
     assert "resumed from checkpoints/60, 60 of 60 steps are done" in second and "step 20/60" not in second
+    env = json.loads((workdir / "env.json").read_text())
+    assert len(env["earlier"]) == 1 and env["earlier"][0]["started"] <= env["started"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows]
     assert steps == sorted(set(steps)) and steps[-1] == 60
@@ -126,6 +128,16 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(launch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_a_model_reads_no_tensor(launch, model):
+    path = model / "model.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    with open(path, "r+b") as file:
+        file.seek(header)
+        file.write(b"\xff" * (path.stat().st_size - header))  # NaN everywhere, had anybody looked
+    code, out, _ = launch(*ask(model), "--dry-run")
+    assert code == 0 and "parameters: " in out and "FLOPs of a prompt of 32: " in out
+
+
 def test_a_run_whose_check_fails_exits_with_1(launch, tmp_path):
     code, out, _ = launch(QUICKSTART, "--config.train.steps=6", "--config.optimizer.learning_rate=1e-9")
     assert code == 1 and "FAILED loss minus that of the unigram baseline" in out
@@ -134,7 +146,11 @@ def test_a_run_whose_check_fails_exits_with_1(launch, tmp_path):
 
 def test_a_run_that_diverges_exits_with_1_and_says_what_to_do(launch):
     code, _, err = launch(QUICKSTART, "--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=1e30")
-    assert code == 1 and "train/loss=nan between steps" in err and "lower optimizer.learning_rate" in err
+    assert (
+        code == 1
+        and "train/loss=nan, train/grad_norm=nan between steps" in err
+        and "lower optimizer.learning_rate" in err
+    )
 
 
 def test_help_is_the_docstring(launch):
@@ -161,11 +177,22 @@ def test_help_is_the_docstring(launch):
         ([QUICKSTART, "--config.train.steps=many"], ["--config.train.steps=many", "invalid literal for int()"]),
         ([QUICKSTART, "--wrokdir=x"], ["Unknown command line flag 'wrokdir'", "workdir"]),
         ([QUICKSTART, "stray"], ["'stray' is not a flag"]),
-        ([QUICKSTART, "--config.experiment=experiments.quickstrat"], ["cannot be imported", "root of a checkout"]),
+        (
+            [QUICKSTART, "--config.experiment=experiments.quickstrat"],
+            ["'experiments.quickstrat' is unknown", "Did you mean 'experiments.quickstart'?"],
+        ),
         ([QUICKSTART, "--config.model.kv_heads=3"], ["model.heads=2 must be a multiple of model.kv_heads=3"]),
         ([QUICKSTART, "--config.model.vocab=100"], ["vocab_size=100"]),
         ([QUICKSTART, "--config.train.batch=0"], ["train.batch=0 must be at least 1"]),
-        ([QUICKSTART, "--config.train.length=10000000"], ["fewer than one window of length=10000000", "lower length"]),
+        ([QUICKSTART, "--config.seed=-1"], ["config.seed=-1", "0 or more"]),
+        ([QUICKSTART, "--config.generate.new_tokens=5000"], ["generate.new_tokens=5000", "model.positions=1024"]),
+        ([QUICKSTART, "--config.generate.prompts=()"], ["generate.prompts=() is empty"]),
+        ([QUICKSTART, "--config.optimizer.b1=1.5"], ["optimizer.b1=1.5 must be in [0, 1)"]),
+        (["--confg=configs/quickstart.py"], ["--config is given 0 times", "--confg=configs/quickstart.py?"]),
+        (["--config=nowhere/quickstart.py"], ["nowhere/quickstart.py does not exist in", "root of a checkout"]),
+        (["--config=README.md"], ["--config=README.md is no config file", "SyntaxError"]),
+        ([QUICKSTART, "--config.train.length=2000"], ["train.length=2000 exceeds model.positions=1024"]),
+        ([QUICKSTART, "--config.documents=1"], ["fewer than one window of length=64", "lower length"]),
         ([QUICKSTART, "--config.optimizer.warmup=60"], ["optimizer.warmup=60 must be below the run's 60 steps"]),
     ],
 )
@@ -185,6 +212,21 @@ def assert_says(code, err, parts):
 def test_no_workdir(launch):
     code, _, err = launch(QUICKSTART, workdir=None)
     assert_says(code, err, ["--workdir is missing", "--workdir=runs/quickstart"])
+
+
+def test_what_was_refused_leaves_the_workdir_free(launch, tmp_path):
+    code, _, err = launch(QUICKSTART, "--config.generate.new_tokens=5000")
+    assert_says(code, err, ["generate.new_tokens=5000"])
+    code, _, err = launch(QUICKSTART, "--config.documents=1")
+    assert_says(code, err, ["fewer than one window"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_folder_of_something_else_is_not_a_workdir(launch, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("mine")
+    code, _, err = launch(QUICKSTART)
+    assert_says(code, err, ["is not empty and holds no run (thesis.tex)", "give a new folder"])
 
 
 def test_two_launchers_on_one_workdir(launch, tmp_path):
@@ -314,10 +356,13 @@ def test_damaged_model_directories(launch, model, damage):
         (["--config.model=nowhere"], ["nowhere", "is not a directory"]),
         (["--config.dtype=int8"], ["dtype='int8' is unknown", "bfloat16"]),
         (["--config.prompts=()"], ["config.prompts=() is empty"]),
-        (["--config.new_tokens=1000"], ["new tokens", "1000 exceed the model's 64 positions"]),
+        (["--config.new_tokens=1000"], ["1000 new tokens exceed the model's 64 positions"]),
         (["--config.new_tokens=0"], ["max_new_tokens=0 must be at least 1"]),
         (["--config.temperature=-1.0"], ["temperature=-1.0 must be above 0"]),
         (["--config.temperature=1.0", "--config.top_p=2.0"], ["top_p=2.0 must be in (0, 1]"]),
+        (["--config.top_p=0.5"], ["top_k, top_p and min_p filter random draws", "temperature"]),
+        (["--config.timed_prompt=1020"], ["config.timed_prompt=1020", "lower timed_prompt"]),
+        (["--config.seed=-1"], ["config.seed=-1"]),
     ],
 )
 def test_wrong_questions(launch, model, words, parts):

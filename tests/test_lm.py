@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import jaxfw
-from jaxfw.core.errors import InputError
+from jaxfw.core.errors import InputError, RunError
 from jaxfw.data import train_bpe
 from jaxfw.generate import engine, lm
 from jaxfw.models import DecoderConfig, forward, init
+from jaxfw.models.cache import FullCache
 from jaxfw.weights import save
 
 TEXTS = [text or "" for text in (textwrap.__doc__, textwrap.dedent.__doc__, textwrap.indent.__doc__, json.__doc__)]
@@ -121,9 +122,9 @@ def test_at_most_128_tokens_by_default(m):
         (3, {}, ("prompts=3", "str or a list of str")),
         (["a", 3], {}, ("prompts=['a', 3]", "list of str")),
         ("a", {"max_new_tokens": 0}, ("max_new_tokens=0", "at least 1")),
-        ("a", {"temperature": 0}, ("temperature=0", "above 0", "greedy")),
+        ("a", {"temperature": -1}, ("temperature=-1", "above 0", "greedy")),
         ("a", {"top_k": 3}, ("give temperature",)),
-        ("a", {"temperature": 1.0, "key": 3}, ("key=3", "jax.random.key(3)")),
+        ("a", {"temperature": 1.0, "key": 3}, ("key=3", "jax.random.key(0)", "one for each of 1 rows")),
     ],
 )
 def test_generate_refuses(m, prompts, options, parts):
@@ -382,3 +383,51 @@ def test_the_version_is_the_packages():
     from importlib.metadata import version
 
     assert jaxfw.__version__ == version("jaxfw")
+
+
+# --- what a caller may give and forget
+
+
+def test_one_room_shares_one_decode_loop_between_prompts_of_all_sizes(m):
+    m.generate("a", max_new_tokens=3, room=96)
+    before = engine.decode._cache_size()
+    for words in (1, 5, 12, 20):
+        m.generate("word " * words, max_new_tokens=3 + words, room=96)
+    assert engine.decode._cache_size() == before
+
+
+def test_a_key_a_row(m):
+    keys = jax.random.split(jax.random.key(5), 3)
+    batch = m.generate(PROMPTS, max_new_tokens=NEW, temperature=1.0, key=keys)
+    alone = [m.generate([PROMPTS[b]], max_new_tokens=NEW, temperature=1.0, key=keys[b : b + 1])[0] for b in range(3)]
+    assert batch == alone
+    refused(lambda: m.generate(PROMPTS, max_new_tokens=3, temperature=1.0, key=keys[:2]), "one for each of 3 rows")
+
+
+def test_temperature_zero_is_greedy(m):
+    assert m.generate(PROMPTS, max_new_tokens=NEW, temperature=0) == m.generate(PROMPTS, max_new_tokens=NEW)
+
+
+def test_logits_that_are_not_finite_are_told(m):
+    spoilt = dataclasses.replace(m, params=jax.tree.map(lambda x: x * jnp.nan, m.params))
+    with pytest.raises(RunError, match=r"logits are NaN or infinite.*dtype='float32'"):
+        spoilt.generate("a", max_new_tokens=3)
+
+
+def test_suggested_sampling_is_told_once_and_not_followed(directory, capsys):
+    change(directory / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.9)
+    texts = {lm.load(directory).generate("a", max_new_tokens=NEW) for _ in range(2)}
+    said = capsys.readouterr().err
+    assert len(texts) == 1 and said.count("suggests temperature=0.6, top_p=0.9; generate() is greedy unless") == 1
+
+
+def test_the_workdir_of_a_run_leads_to_its_model(directory):
+    refused(lambda: lm.load(directory.parent), "is the workdir of a run", directory)
+
+
+def test_a_cache_needs_its_policy(m):
+    tokens = jnp.ones((1, 4), jnp.int32)
+    cache = forward(CONFIG, m.params, tokens, policy=FullCache()).cache
+    refused(
+        lambda: forward(CONFIG, m.params, tokens, cache=cache), "a cache is given without its policy", "FullCache()"
+    )

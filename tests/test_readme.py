@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ SHELL = "\n".join(text for language, text in BLOCKS if language == "")
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
-def results(name):
+def results(name: str) -> Any:
     return json.loads((ROOT / "experiments" / "results" / name).read_text())
 
 
@@ -57,6 +58,29 @@ def test_it_is_short_and_names_the_ten_systems():
     rows = re.findall(r"^\| (\d+) \|.*`jaxfw/(\w+)`", README, flags=re.M)
     assert [int(number) for number, _ in rows] == list(range(1, 11))
     assert len({name for _, name in rows}) == 10
+
+
+def test_figures_are_those_of_the_committed_results():
+    parity, greedy, quickstart = results("parity.json"), results("greedy.json")["total"], results("quickstart.json")
+    worst = {kind: max(row["error"] for row in parity[kind]) for kind in ("parity", "gradients")}
+    weakest = min(row["times_tolerance"] for row in parity["mutations"])
+    losses, gain = quickstart["metrics"]["validation"], quickstart["metrics"]["gain_over_bigram"]
+    figures = [
+        f"largest error {worst['parity']:.1e} of the logits' deviation".replace("e-0", "e-"),
+        f"largest error {worst['gradients']:.1e} of a leaf's largest".replace("e-0", "e-"),
+        f"{len(parity['mutations'])} planted one at a time",
+        f"the weakest breaks the bound {weakest:,.0f}-fold",
+        f"{greedy['rows']} prompts x 32 steps",
+        f"{greedy['equal']} equal, {greedy['near_tied']} near-ties, {greedy['different']} different",
+        f"{losses['model']['value']:.2f} nats per token, bigram model {losses['bigram']['value']:.2f}",
+        f"interval of the gain {gain['low']:.2f} to {gain['high']:.2f}",
+    ]
+    jobs = results("cpu_lm.json")["jobs"]
+    figures.append("| ratio | " + " | ".join(f"{job['ratio']:.2f}" for job in jobs) + " |")
+    intervals = (f"{low:.2f} to {high:.2f}" for low, high in (job["interval"] for job in jobs))
+    figures.append("| 95 % interval | " + " | ".join(intervals) + " |")
+    assert not [figure for figure in figures if figure not in README]
+    assert not re.findall(r"@\w+@", README)
 
 
 @pytest.mark.parametrize("name", ["parity.json", "greedy.json", "cpu_lm.json", "quickstart.json"])

@@ -177,16 +177,32 @@ def test_a_finished_run_does_nothing_again(tmp_path):
     chex.assert_trees_all_equal(first, again)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_steps(tmp_path):
+@pytest.mark.parametrize(
+    "spoilt, log_every, save_every, bad_from, kept, message",
+    [
+        ("train/loss", 2, 4, 5, 4, "train/loss=nan, train/grad_norm=1.0 between steps 5 and 6"),
+        ("train/loss", 10, 3, 5, 3, "train/loss=nan, train/grad_norm=1.0 between steps 4 and 6"),
+        ("train/grad_norm", 3, 3, 6, 3, "train/loss=1.0, train/grad_norm=nan between steps 4 and 6"),
+        ("train/loss", 10, 10, 2, None, "between steps 1 and 10: .*There is no checkpoint yet"),
+    ],
+)
+def test_a_run_that_is_not_finite_stops_and_saves_nothing_bad(
+    tmp_path, spoilt, log_every, save_every, bad_from, kept, message
+):
     def step(state, batch, key):
         number = int(state.step) + 1
-        loss = jnp.nan if number > 4 else 1.0
-        return dataclasses.replace(state, step=state.step + 1), {"train/loss": loss, "train/grad_norm": 1.0}
+        measured = {"train/loss": 1.0, "train/grad_norm": 1.0} | ({spoilt: jnp.nan} if number >= bad_from else {})
+        return dataclasses.replace(state, step=state.step + 1), measured
 
-    with pytest.raises(RunError, match=r"train/loss=nan between steps 5 and 6: lower optimizer.learning_rate.*step 4"):
-        run_loop(tmp_path, 10, step=step)
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step == 4
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        Metrics(None) as metrics,
+        pytest.raises(RunError, match=message),
+    ):
+        train(fresh(), step, BATCHES, jax.random.key(0), steps=10, metrics=metrics, checkpoints=checkpoints,
+              log_every=log_every, save_every=save_every)  # fmt: skip
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == kept
 
 
 def test_the_schedule_rises_and_falls():

@@ -1,17 +1,19 @@
 """Model directories: what goes in comes out, and whatever is wrong is named with its value and its remedy."""
 
 import json
+import os
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jaxfw.core.errors import InputError
 from jaxfw.models import DecoderConfig, Rope, forward, init
-from jaxfw.weights import load, save
+from jaxfw.weights import load, load_config, save, tensors
 
 CONFIG = DecoderConfig(
     vocab=32, width=16, ffn=24, layers=2, heads=4, kv_heads=2, head_dim=8, positions=64, qkv_bias=True,
@@ -21,6 +23,7 @@ TIED = DecoderConfig(
     vocab=32, width=16, ffn=24, layers=2, heads=4, kv_heads=2, head_dim=8, positions=64, tie_embeddings=True
 )
 EMBEDDING, QUERY = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture
@@ -118,6 +121,14 @@ def test_further_attributes_are_written_and_come_back(tmp_path):
     attributes = load(directory).attributes
     assert attributes["eos_token_id"] == [2, 7]
     assert attributes["vocab_size"] == 32, "the model's own attributes are not to be overridden"
+
+
+def test_dtypes_may_be_given_as_jax_has_them(saved):
+    assert load(saved, param_dtype=jnp.bfloat16, dtype=np.float16).config.dtype == "float16"
+
+
+def test_tensors_can_be_read_by_whoever_can_read_the_config(saved):
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
 
 
 def test_a_tied_head_is_not_stored(tied, saved):
@@ -242,10 +253,33 @@ def test_damaged_json(sharded, name, text, part):
     refused(sharded, sharded / name, part)
 
 
-def test_an_index_without_a_map(sharded):
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_a_map(sharded, text):
     path = sharded / "model.safetensors.index.json"
-    path.write_text("{}")
+    path.write_text(text)
     refused(sharded, path, "lacks 'weight_map'", "download it again")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_directory_in_place_of_a_file(saved, name):
+    (saved / name).unlink()
+    (saved / name).mkdir()
+    refused(saved, saved / name, "cannot be read (Is a directory)", "must be a file that you may read")
+
+
+def test_a_shard_that_cannot_be_opened(sharded):
+    path = sorted(sharded.glob("model-*.safetensors"))[1]
+    path.unlink()
+    path.symlink_to(path)
+    refused(sharded, path, "cannot be read (Too many levels of symbolic links)")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read(saved, name):
+    (saved / name).chmod(0)
+    if os.access(saved / name, os.R_OK):
+        pytest.skip("this user may read every file")
+    refused(saved, saved / name, "cannot be read (Permission denied)")
 
 
 # --- directories that are not models
@@ -264,7 +298,15 @@ def test_no_weights_at_all(saved):
 
 def test_not_a_directory(tmp_path, saved):
     refused(tmp_path / "absent", tmp_path / "absent", "is not a directory", "config.json")
-    refused(saved / "config.json", saved / "config.json", "is not a directory")
+    message = refused(saved / "config.json", saved / "config.json", "is not a directory")
+    assert "hf download" not in message
+
+
+def test_a_hub_id_is_told_how_to_get_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused("HuggingFaceTB/SmolLM2-135M", "`hf download HuggingFaceTB/SmolLM2-135M --local-dir DIR`", "huggingface_hub")
+    for other in ("./a/b", "a/b/c", "a", "/a/b"):
+        assert "hf download" not in refused(other, f"{other} is not a directory")
 
 
 def test_no_config(saved):
@@ -290,9 +332,108 @@ def test_attributes_that_do_not_fit(saved, attributes, parts):
     refused(saved, *parts)
 
 
-def test_a_dtype_that_is_not_one_of_ours(saved):
-    rewrite(saved, lambda tensors: tensors | {EMBEDDING: tensors[EMBEDDING].astype(np.float64)})
-    refused(saved, f"{EMBEDDING} is stored as float64", "accepted: float32, bfloat16, float16")
+# --- attributes of the wrong type
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ({"hidden_size": "16"}, "hidden_size='16' must be a whole number: write it without quotes"),
+        ({"hidden_size": 16.5}, "hidden_size=16.5 must be a whole number: correct it"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True must be a whole number"),
+        ({"vocab_size": [32]}, "vocab_size=[32] must be a whole number"),
+        ({"max_position_embeddings": float("inf")}, "max_position_embeddings=inf must be a whole number"),
+        ({"num_attention_heads": 0}, "model.heads=0 must be a whole number from 1 on"),
+        ({"num_key_value_heads": 0}, "model.kv_heads=0 must be a whole number from 1 on"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' must be a number: write it without quotes"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be a number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false: write it without"),
+        ({"attention_bias": 0}, "attention_bias=0 must be true or false"),
+        ({"mlp_bias": "no"}, "mlp_bias='no' must be true or false"),
+        ({"model_type": ["llama"]}, "model_type=['llama'] is unknown. Known: llama"),
+        ({"rope_parameters": None, "rope_theta": "1e4"}, "rope_theta='1e4' must be a number"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters: rope_theta='1e4' must be a number"),
+        ({"rope_parameters": None, "rope_scaling": "linear"}, "rope_scaling='linear' must be an object or null"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1] must be an object or null"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=['yarn'] is unknown. Known: default"),
+        ({"rope_parameters": {"type": "linear", "factor": "4"}}, "type 'linear': factor='4' must be a number"),
+        ({"rope_parameters": {"type": "yarn", "factor": 4, "truncate": 1}}, "truncate=1 must be true or false"),
+    ],
+)
+def test_attributes_of_the_wrong_type(saved, attributes, message):
+    set_attributes(saved, **attributes)
+    refused(saved, message)
+
+
+def test_numbers_that_mean_the_same_are_taken(saved):
+    expected = load_config(saved)
+    set_attributes(saved, hidden_size=16.0, num_hidden_layers=2.0, vocab_size=32.0)
+    config = load_config(saved)
+    assert config == expected and type(config.width) is int
+    rope = {"rope_type": "linear", "factor": 4, "rope_theta": 500}
+    set_attributes(saved, rope_parameters=rope, rms_norm_eps=1)
+    config = load_config(saved)
+    assert (config.rope, config.norm_eps) == (Rope(kind="linear", factor=4.0, theta=500.0), 1.0)
+    assert type(config.rope.theta) is type(config.norm_eps) is float
+
+
+# --- dtypes
+
+
+@pytest.mark.parametrize(
+    "dtype, spelled", [("int8", "I8"), ("float64", "F64"), ("uint8", "U8"), ("float8_e4m3fn", "F8_E4M3")]
+)
+@pytest.mark.parametrize("name", [EMBEDDING, DOWN, "model.norm.weight"])
+def test_a_dtype_that_is_not_one_of_ours(saved, name, dtype, spelled):
+    rewrite(saved, lambda tensors: tensors | {name: tensors[name].astype(dtype)})
+    refused(saved, f"stored as {spelled}: {name} (accepted: F32, BF16, F16.", "Take the unquantised one")
+
+
+def test_all_odd_dtypes_are_told_with_the_shapes(saved):
+    def change(tensors):
+        kernels = {name: x.astype(np.int8) for name, x in tensors.items() if "mlp" in name}
+        return tensors | kernels | {EMBEDDING: tensors[EMBEDDING][1:].astype(np.float64)}
+
+    rewrite(saved, change)
+    refused(
+        saved,
+        f"misshaped: {EMBEDDING} is [31, 16]",
+        f"stored as F64: {EMBEDDING}; stored as I8: {DOWN}, model.layers.0.mlp.gate_proj.weight and 4 more (accepted:",
+    )
+
+
+def test_a_stored_tied_head_of_another_dtype_is_refused(tied):
+    rewrite(tied, lambda tensors: tensors | {"lm_head.weight": tensors[EMBEDDING].astype(np.int8)})
+    refused(tied, "stored as I8: lm_head.weight")
+
+
+def test_buffers_that_are_ignored_may_have_any_dtype(saved):
+    name = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    rewrite(saved, lambda tensors: tensors | {name: np.ones(4, np.float64)})
+    assert load(saved).config == CONFIG
+
+
+# --- the configuration alone
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16"}, {"param_dtype": "float16", "softmax_dtype": "bfloat16"}]
+)
+def test_the_configuration_alone_is_that_of_load(saved, sharded, tied, options, monkeypatch):
+    expected = [load(directory, **options).config for directory in (saved, sharded, tied)]
+    monkeypatch.setattr(tensors, "read", lambda *_: pytest.fail("a tensor is read"))
+    assert [load_config(directory, **options) for directory in (saved, sharded, tied)] == expected
+
+
+def test_the_configuration_alone_has_the_refusals_of_load(saved):
+    rewrite(saved, lambda tensors: tensors | {DOWN: tensors[DOWN].astype(np.int8)})
+    with pytest.raises(InputError, match=f"stored as I8: {DOWN}"):
+        load_config(saved)
+    set_attributes(saved, num_hidden_layers=3)
+    with pytest.raises(InputError, match=r"missing: model\.layers\.2\."):
+        load_config(saved)
+    with pytest.raises(InputError, match=r"softmax_dtype='int8' is unknown"):
+        load_config(saved, softmax_dtype="int8")
 
 
 # --- saving
@@ -321,6 +462,25 @@ def test_params_of_another_model_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "path, change, message",
+    [
+        ("layers_1/mlp/down/kernel", lambda x: x.T, "is [16, 24], the config asks for [24, 16]"),
+        ("head/norm/scale", lambda x: x[:-1], "is [15], the config asks for [16]"),
+        ("head/norm/scale", lambda x: 1.0, "is [], the config asks for [16]"),
+        ("embed/embedding", lambda x: x.astype(jnp.int8), "is int8; accepted: float32, bfloat16, float16"),
+        ("embed/embedding", lambda x: np.asarray(x, np.float64), "is float64; accepted: float32"),
+    ],
+)
+def test_params_of_another_shape_or_dtype_are_refused(tmp_path, path, change, message):
+    flat = flatten_dict(init(CONFIG, jax.random.key(0)), sep="/")
+    params = unflatten_dict({**flat, path: change(flat[path])}, sep="/")
+    message = f"{path} {message}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        save(tmp_path / "a", CONFIG, params)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_this_family_cannot_describe_is_refused(tmp_path):
     """LLaMA has one attribute for the biases of all four projections."""
     config = DecoderConfig(
@@ -328,3 +488,4 @@ def test_a_model_that_this_family_cannot_describe_is_refused(tmp_path):
     )
     with pytest.raises(InputError, match=r"qkv_bias=True.*out_bias=False"):
         save(tmp_path / "a", config, init(config, jax.random.key(0)))
+    assert not list(tmp_path.iterdir())

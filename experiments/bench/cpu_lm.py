@@ -275,7 +275,7 @@ def run(size: Size, pairs: int) -> list[dict[str, Any]]:
 def main() -> int:
     """Print the table; write the report unless this is a smoke run."""
     parser = argparse.ArgumentParser(description="CPU speed beside transformers + torch.")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     # XLA takes as many threads as the process may use cores; this must come before jax starts.

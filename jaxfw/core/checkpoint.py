@@ -47,7 +47,7 @@ class Checkpoints:
         step = self.latest_step
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(example))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except Exception as error:  # orbax and its stores raise many kinds for a damaged or another tree
             folder = self._manager.directory / str(step)
             raise InputError(
                 f"{folder} cannot be restored ({str(error).splitlines()[0]}): remove that folder to go back to the "

@@ -5,6 +5,7 @@
 
 import fcntl
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,8 @@ def open_workdir(path: str | Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--workdir={folder} cannot be written ({error.strerror}): give another folder.") from None
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise InputError(f"--workdir={folder} cannot be written ({reason}): give another folder.") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,20 +49,40 @@ def open_workdir(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in one step: a reader sees the old one or the new one."""
+    """Write a JSON file in one step: a reader sees the old one or the new one. Numbers that JSON lacks become null."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(beside, path)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def release(folder: Path) -> None:
+    """Give up a claim behind which nothing was made, so that another configuration may have the folder."""
+    if {path.name for path in folder.iterdir()} <= {".lock", "config.json", "env.json"}:
+        for name in ("env.json", "config.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
 def claim(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write `config.json`, or check that the run that the folder holds has the same configuration.
+    """Write `config.json` into an empty folder, or check that the run in it has the same configuration.
 
     Raises:
-        InputError: another configuration, with the fields that differ; or a damaged `config.json`.
+        InputError: another configuration, with the fields that differ; a folder of something else; damaged JSON.
     """
     path = folder / "config.json"
     if not path.exists():
+        others = sorted(other.name for other in folder.iterdir() if other.name != ".lock")
+        if others:
+            raise InputError(
+                f"--workdir={folder} is not empty and holds no run ({', '.join(others[:4])}): give a new folder."
+            )
         write_json(path, config)
         return
     try:

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfw.core.errors import InputError
+from jaxfw.core.errors import InputError, RunError
 from jaxfw.core.shapes import Array, Bool, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models import DecoderConfig, embed, first_step, forward, head, layer
+from jaxfw.models import DecoderConfig, embed, first_step, forward, head, layer, trunk
 from jaxfw.models.cache import Cache, CachePolicy, FullCache
 from jaxfw.ops.sampling import Sampling, sample
 
@@ -40,11 +40,15 @@ class Generation:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What a decode loop carries. `token` is each row's newest, not yet in the cache; `step` counts drawn tokens."""
+    """What a decode loop carries. `token` is each row's newest, not yet in the cache; `step` counts drawn tokens.
+
+    `is_finite` turns False, for good, when the logits of a step are not finite.
+    """
 
     cache: Cache
     token: Int[Array, "B"]
     is_done: Bool[Array, "B"]
+    is_finite: Bool[Array, ""]
     keys: PRNGKeyArray
     step: Int[Array, ""]
 
@@ -72,11 +76,7 @@ def default_room(prompt: int, new: int) -> int:
 
 
 _embed = jax.jit(embed, static_argnums=0)
-
-
-@partial(jax.jit, static_argnames=("config", "policy", "room"), donate_argnames="x")
-def _prefill_layer(config, policy, params, x, step, previous, *, room):
-    return layer(config, params, x, step, policy=policy, room=room, previous=previous)
+_layer = jax.jit(layer, static_argnames=("config", "policy", "room"), donate_argnames="x")
 
 
 @partial(jax.jit, static_argnames="config")
@@ -98,15 +98,10 @@ def prefill(
 
     At any time one layer's uncompressed keys and values are alive, beside what the policy keeps of the others.
     """
-    step = first_step(lengths, tokens.shape[1])
     ends = {name: params[name] for name in ("embed", "head")}
-    x, states = _embed(config, ends, tokens), []
-    for i in range(config.layers):
-        numbered = dataclasses.replace(step, layer=jnp.int32(i))
-        previous = states[-1] if states and policy.reads_previous else None
-        x, state = _prefill_layer(config, policy.at(i), params[f"layers_{i}"], x, numbered, previous, room=room)
-        states.append(state)
-    cache = Cache(policy.finish(tuple(states), step))
+    step, x = first_step(lengths, tokens.shape[1]), _embed(config, ends, tokens)
+    x, cache = trunk(config, params, x, step, policy=policy, room=room, run_layer=_layer)
+    assert cache is not None
     return _last_logits(config, ends, x, lengths), cache
 
 
@@ -134,10 +129,15 @@ def decode(
         lengths = (~state.is_done).astype(jnp.int32)  # a row that is done writes nothing
         out = forward(config, params, state.token[:, None], lengths=lengths, policy=policy, cache=state.cache)
         assert out.cache is not None
-        token = sample(out.logits[:, 0], sampling, state.keys, step=state.step)
+        token, is_stop, is_finite = _draw(out.logits[:, 0], sampling, state.keys, state.step, stop_ids)
         drawn = drawn.at[:, i].set(jnp.where(state.is_done, -1, token))
-        is_done = state.is_done | jnp.isin(token, stop_ids)
-        return i + 1, Decoding(out.cache, token, is_done, state.keys, state.step + 1), drawn
+        return (
+            i + 1,
+            Decoding(
+                out.cache, token, state.is_done | is_stop, state.is_finite & is_finite, state.keys, state.step + 1
+            ),
+            drawn,
+        )
 
     drawn = jnp.full((B, chunk), -1, jnp.int32)
     _, state, drawn = jax.lax.while_loop(is_running, advance, (jnp.int32(0), state, drawn))
@@ -145,17 +145,10 @@ def decode(
 
 
 @jax.jit
-def _first_token(logits, sampling, keys, stop_ids):
-    token = sample(logits, sampling, keys, step=0)
-    return token, jnp.isin(token, stop_ids)
-
-
-_row_keys = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
-
-
-def _padded_stop_ids(stop_ids: Sequence[int]) -> Int[Array, "n"]:
-    ids = sorted(set(stop_ids))
-    return jnp.asarray(ids + [-1] * (-len(ids) % STOP_IDS or STOP_IDS * (not ids)), jnp.int32)
+def _draw(logits, sampling, keys, step, stop_ids):
+    """A token a row, whether it is a stop id, and whether all logits are finite (a maximum passes NaN on)."""
+    token = sample(logits, sampling, keys, step=step)
+    return token, jnp.isin(token, stop_ids), jnp.all(jnp.isfinite(jnp.max(logits, axis=-1)))
 
 
 def generate(
@@ -180,7 +173,7 @@ def generate(
         max_new_tokens: at most this many a row.
         stop_ids: a row ends with the first of these that it draws.
         sampling: how to choose tokens; None is greedy.
-        key: row b draws with `fold_in(key, b)`; None is key 0.
+        key: row b draws with `fold_in(key, b)`; None is key 0. Or a key a row, of shape [B].
         policy: what the cache keeps; None keeps everything.
         room: slots of the cache, at least prompt + new. Calls with equal `room` and batch size share one compiled
             decode loop, and one compiled prefill for each bucket of prompts. None takes `default_room`, a function
@@ -189,55 +182,82 @@ def generate(
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, or more tokens than positions or `room`.
+        RunError: logits that are not finite.
     """
     sampling, policy = sampling or Sampling(), policy or FullCache()
     sampling.validate()
-    longest = _check(config, prompts, max_new_tokens)
+    longest, max_new_tokens = _check(config, prompts, max_new_tokens), int(max_new_tokens)
     needed = longest + max_new_tokens
     room = default_room(longest, max_new_tokens) if room is None else room
     if room < needed:
         raise InputError(f"room={room} is below prompt + new tokens = {longest} + {max_new_tokens}: raise room.")
-    T = bucket(longest)
-    tokens = np.zeros((len(prompts), T), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-    key = jax.random.key(0) if key is None else key
-    keys = _row_keys(key, jnp.arange(len(prompts)))
-    stop = _padded_stop_ids(stop_ids)
+    tokens, lengths = _pack(prompts, bucket(longest))
+    keys, stop = _row_keys(key, len(prompts)), _padded_stop_ids(stop_ids)
 
     started = time.perf_counter()
-    logits, cache = prefill(config, params, jnp.asarray(tokens), lengths, policy=policy, room=max(room, T))
-    token, is_done = _first_token(logits, sampling, keys, stop)
-    chunks = [np.asarray(token)[:, None]]
+    logits, cache = prefill(config, params, tokens, lengths, policy=policy, room=max(room, tokens.shape[1]))
+    token, is_done, is_finite = _draw(logits, sampling, keys, jnp.int32(0), stop)
+    state, drawn = Decoding(cache, token, is_done, is_finite, keys, jnp.int32(1)), 1
+    chunks = [_taken(state, token[:, None], 1, on_tokens)]
     prefilled = time.perf_counter()
-    if on_tokens:
-        on_tokens(chunks[0])
-    state = Decoding(cache, token, is_done, keys, jnp.int32(1))
-    drawn = 1
     while drawn < max_new_tokens and not bool(jnp.all(state.is_done)):
         limit = min(CHUNK, max_new_tokens - drawn)
         state, ids = decode(config, policy, params, state, sampling, stop, jnp.int32(limit))
-        chunks.append(np.asarray(ids)[:, :limit])
+        chunks.append(_taken(state, ids, limit, on_tokens))
         drawn += limit
-        if on_tokens:
-            on_tokens(chunks[-1])
     rows = tuple(tuple(int(id_) for id_ in row if id_ >= 0) for row in np.concatenate(chunks, axis=1))
-    return Generation(
-        rows,
-        tuple(bool(x) for x in np.asarray(state.is_done)),
-        prefilled - started,
-        time.perf_counter() - prefilled,
-    )
+    stopped = tuple(bool(x) for x in np.asarray(state.is_done))
+    return Generation(rows, stopped, prefilled - started, time.perf_counter() - prefilled)
+
+
+def _pack(prompts: Sequence[Sequence[int]], T: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Prompts side by side, each from slot 0 on, and their lengths."""
+    tokens = np.zeros((len(prompts), T), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+
+
+_fold_rows = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+
+
+def _row_keys(key: PRNGKeyArray | None, B: int) -> PRNGKeyArray:
+    if key is None:
+        key = jax.random.key(0)
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape not in ((), (B,)):
+        raise InputError(f"key={key!r} must be a random key such as jax.random.key(0), or one for each of {B} rows.")
+    # A copy: the decode loop donates what it is given.
+    return jnp.copy(key) if key.shape else _fold_rows(key, jnp.arange(B))
+
+
+def _padded_stop_ids(stop_ids: Sequence[int]) -> Int[Array, "n"]:
+    ids = sorted(set(stop_ids))
+    return jnp.asarray(ids + [-1] * (-len(ids) % STOP_IDS or STOP_IDS * (not ids)), jnp.int32)
+
+
+def _taken(state: Decoding, ids: Int[Array, "B chunk"], count: int, on_tokens) -> Int[np.ndarray, "B n"]:
+    """The first `count` new ids of each row, on the host, after handing them to the caller."""
+    if not bool(state.is_finite):
+        raise RunError(
+            "the model's logits are NaN or infinite: its parameters are damaged, or too large for its dtype "
+            "(load it with dtype='float32')."
+        )
+    chunk = np.asarray(ids)[:, :count]
+    if on_tokens:
+        on_tokens(chunk)
+    return chunk
 
 
 def _check(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
     """The longest prompt's length, after checking that every prompt can be run."""
     if not prompts:
         raise InputError("prompts is empty: give at least one.")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens!r} must be at least 1, a whole number.")
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, int | np.integer):
+            raise InputError(f"prompts[{i}]={prompt} must be a list of token ids: prompts is a list of such lists.")
         if not len(prompt):
             raise InputError(f"prompt {i} is empty: give at least one token (the beginning-of-text id will do).")
         low, high = min(prompt), max(prompt)

@@ -17,11 +17,12 @@ import numpy as np
 
 from jaxfw import weights
 from jaxfw.core.errors import InputError
+from jaxfw.core.log import say_once
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.data.chat import Message
 from jaxfw.data.tokenizer import TOKENIZER, TextStream, Tokenizer, load_tokenizer
 from jaxfw.generate import engine
-from jaxfw.models import DecoderConfig, embed, first_step, head, layer
+from jaxfw.models import DecoderConfig, embed, first_step, head, trunk
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.ops.sampling import Sampling
 from jaxfw.weights.tensors import read_json
@@ -67,6 +68,7 @@ class LM:
         top_p: float | None = None,
         min_p: float | None = None,
         key: PRNGKeyArray | None = None,
+        room: int | None = None,
         on_text: OnText | None = None,
     ) -> Texts:
         """Continue a text, or each of a list, up to a stop token (which is not part of the result).
@@ -74,18 +76,20 @@ class LM:
         Args:
             prompts: a text or a list of texts, of any lengths.
             max_new_tokens: at most this many; prompt and new tokens must fit the model's context.
-            temperature: draw at random, sharper below 1; None takes the likeliest token each time.
+            temperature: draw at random, sharper below 1; None or 0 takes the likeliest token each time.
             top_k: draw from the k likeliest only.
             top_p: draw from the fewest tokens that hold this much probability.
             min_p: draw from tokens with at least this fraction of the likeliest one's probability.
             key: the random key; None is `jax.random.key(0)`. Row b depends on the key and b, not on the other rows.
+            room: slots of the cache. Calls with one batch size and one `room` share a compiled decode loop, whatever
+                their prompts; None takes what the longest prompt's bucket and `max_new_tokens` need.
             on_text: called as `on_text(row, piece)` while the text grows. A row's pieces join to its result.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenizer.encode(text) for text in _texts(texts, "prompts")]
         streams = [TextStream(self.tokenizer, before=row) for row in ids]
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        out: Any = self._continue(ids, streams, max_new_tokens, sampling, key, on_text)
+        sampling = _sampling(temperature, top_k, top_p, min_p)
+        out: Any = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text)
         return out[0] if isinstance(prompts, str) else out
 
     def chat(
@@ -99,6 +103,7 @@ class LM:
         top_p: float | None = None,
         min_p: float | None = None,
         key: PRNGKeyArray | None = None,
+        room: int | None = None,
         on_text: OnText | None = None,
     ) -> Any:
         """The assistant's next words in a conversation: a str; for a list of conversations, a list of them.
@@ -111,13 +116,11 @@ class LM:
         texts = [self.tokenizer.render_chat(conversation, tools=tools) for conversation in conversations]
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         streams = [TextStream(self.tokenizer) for _ in ids]
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        out = self._continue(ids, streams, max_new_tokens, sampling, key, on_text)
+        sampling = _sampling(temperature, top_k, top_p, min_p)
+        out = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text)
         return out if is_many else out[0]
 
-    def _continue(self, prompts, streams, max_new_tokens, sampling, key, on_text) -> list[str]:
-        if key is not None and not isinstance(key, jax.Array):
-            raise InputError(f"key={key!r} must be a random key: jax.random.key({key!r}).")
+    def _continue(self, prompts, streams, max_new_tokens, sampling, key, room, on_text) -> list[str]:
         texts = ["" for _ in prompts]
 
         def emit(row: int, piece: str) -> None:
@@ -133,7 +136,7 @@ class LM:
 
         engine.generate(
             self.config, self.params, prompts, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids,
-            sampling=sampling, key=key, on_tokens=take,
+            sampling=sampling, key=key, room=room, on_tokens=take,
         )  # fmt: skip
         for row, stream in enumerate(streams):
             emit(row, stream.finish())
@@ -211,6 +214,8 @@ def load(
         InputError: whatever is missing, damaged or not understood, by file and name.
     """
     directory = Path(directory)
+    if (directory / "model" / "config.json").is_file():
+        raise InputError(f"{directory} is the workdir of a run: its model is in {directory / 'model'}.")
     if directory.is_dir() and not (directory / TOKENIZER).is_file():
         raise InputError(
             f"{directory} holds no {TOKENIZER}, so there is no text to read or write: take it from the model's "
@@ -221,6 +226,7 @@ def load(
     tokenizer = load_tokenizer(directory)
     path = directory / GENERATION
     generation = read_json(path) if path.is_file() else {}
+    _say_defaults(directory, generation)
     stop_ids = _stop_ids({GENERATION: generation, "config.json": checkpoint.attributes}, tokenizer)
     return LM(checkpoint.config, checkpoint.params, tokenizer, stop_ids, checkpoint.attributes, generation)
 
@@ -234,9 +240,7 @@ def logprobs(
     Entries from a row's length on mean nothing. The logits of a block of tokens at a time are alive, never all.
     """
     B, T = tokens.shape
-    x, step = embed(config, params, tokens), first_step(lengths, T)
-    for i in range(config.layers):
-        x, _ = layer(config, params[f"layers_{i}"], x, dataclasses.replace(step, layer=jnp.int32(i)))
+    x, _ = trunk(config, params, embed(config, params, tokens), first_step(lengths, T))
     block = min(T, max(1, LOGIT_TOKENS // B))
     blocks = -(-T // block)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, blocks * block - T + 1))).reshape(B, blocks, block)
@@ -247,6 +251,18 @@ def logprobs(
 
     scores = jax.lax.map(score, (jnp.swapaxes(x, 0, 1), jnp.swapaxes(targets, 0, 1)))
     return jnp.swapaxes(scores, 0, 1).reshape(B, -1)[:, : T - 1]
+
+
+def _say_defaults(directory: Path, generation: Mapping[str, Any]) -> None:
+    """What the file suggests is the user's to take: the same call gives the same text with every model."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    suggested = ", ".join(f"{name}={generation[name]}" for name in names if generation.get(name) is not None)
+    if generation.get("do_sample") and suggested:
+        say_once(f"{directory / GENERATION} suggests {suggested}; generate() is greedy unless you pass them.")
+
+
+def _sampling(temperature: float | None, *filters: Any) -> Sampling:
+    return Sampling(None if temperature == 0 else temperature, *filters)
 
 
 def _texts(texts: Any, name: str) -> list[str]:

@@ -11,11 +11,12 @@ from jaxfw.models.decoder import (
     init,
     layer,
     mlp_half,
+    trunk,
 )
 from jaxfw.nn.config import DecoderConfig
 from jaxfw.ops.rope import Rope
 
 __all__ = [
     "DecoderConfig", "Output", "Rope", "attend_half", "attention_spec", "embed", "first_step", "forward", "head",
-    "init", "layer", "mlp_half",
+    "init", "layer", "mlp_half", "trunk",
 ]  # fmt: skip

@@ -5,11 +5,13 @@ The whole is the plain composition of the parts.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models.cache.policy import QKV, AttentionSpec, Cache, CachePolicy, Step
 from jaxfw.nn.config import DecoderConfig
@@ -110,6 +112,43 @@ def first_step(lengths: Int[Array, "B"], T: int) -> Step:
     return Step(positions, lengths, jnp.int32(0))
 
 
+def trunk(
+    config: DecoderConfig,
+    params: PyTree,
+    x: Float[Array, "B T D"],
+    step: Step,
+    *,
+    policy: CachePolicy | None = None,
+    cache: Cache | None = None,
+    room: int | None = None,
+    run_layer: Callable[..., tuple[Array, Any]] | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """All layers: the residual stream from `embed` to `head`, and with a `policy` the cache after these tokens.
+
+    `run_layer` stands in for `layer`, its jit for instance: then the layers run part by part.
+    """
+    if cache is not None and policy is None:
+        raise InputError("a cache is given without its policy: give the policy that made it, e.g. FullCache().")
+    run_layer, states = run_layer or layer, []
+    for i in range(config.layers):
+        x, state = run_layer(
+            config,
+            params[f"layers_{i}"],
+            x,
+            dataclasses.replace(step, layer=jnp.int32(i)),
+            policy=None if policy is None else policy.at(i),
+            state=None if cache is None else cache.layers[i],
+            room=x.shape[1] if room is None else room,
+            previous=states[-1] if states and policy is not None and policy.reads_previous else None,
+        )
+        states.append(state)
+    if policy is None:
+        return x, None
+    if cache is None:
+        return x, Cache(policy.finish(tuple(states), step))
+    return x, dataclasses.replace(cache, layers=tuple(states))
+
+
 def forward(
     config: DecoderConfig,
     params: PyTree,
@@ -118,30 +157,17 @@ def forward(
     lengths: Int[Array, "B"] | None = None,
     policy: CachePolicy | None = None,
     cache: Cache | None = None,
-    room: int = 0,
+    room: int | None = None,
 ) -> Output:
     """Logits of every token, in one trace.
 
     Rows are canonical: valid tokens first, `lengths` of them (all, by default); logits beyond a row's length mean
-    nothing. With a `policy`, the result holds a cache: a fresh one with `room` slots, or the given one extended.
+    nothing. With a `policy`, the result holds a cache: a fresh one with `room` slots (T by default), or the given one
+    extended; that it has room is for the caller to see to, as lengths are known only when this runs.
     """
     B, T = tokens.shape
     step = first_step(jnp.full(B, T, jnp.int32) if lengths is None else lengths, T)
     if cache is not None:
         step = dataclasses.replace(step, positions=step.positions + cache.seen[:, None])
-    x, states = embed(config, params, tokens), []
-    for i in range(config.layers):
-        x, state = layer(
-            config,
-            params[f"layers_{i}"],
-            x,
-            dataclasses.replace(step, layer=jnp.int32(i)),
-            policy=None if policy is None else policy.at(i),
-            state=None if cache is None else cache.layers[i],
-            room=room,
-            previous=states[-1] if states and policy is not None and policy.reads_previous else None,
-        )
-        states.append(state)
-    if policy is not None and cache is None:
-        states = policy.finish(tuple(states), step)
-    return Output(head(config, params, x), None if policy is None else Cache(tuple(states)))
+    x, cache = trunk(config, params, embed(config, params, tokens), step, policy=policy, cache=cache, room=room)
+    return Output(head(config, params, x), cache)

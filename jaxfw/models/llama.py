@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxfw.core.errors import InputError
-from jaxfw.models.hub_config import check_attributes, read_rope, required, write_rope
+from jaxfw.models.hub_config import attribute, check_attributes, read_rope, write_rope
 from jaxfw.nn.config import DecoderConfig
 
 MODEL_TYPE = "llama"
@@ -22,25 +22,25 @@ IGNORED_TENSORS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 def read_config(attributes: dict[str, Any], *, param_dtype: str, dtype: str, softmax_dtype: str) -> DecoderConfig:
     """A published config.json as a `DecoderConfig`; `InputError` for what this family does not know."""
     check_attributes(attributes, _USED)
-    heads, width = required(attributes, "num_attention_heads"), required(attributes, "hidden_size")
-    positions = attributes.get("max_position_embeddings") or 2048
-    has_bias = bool(attributes.get("attention_bias"))
+    width, heads = attribute(attributes, "hidden_size", int), attribute(attributes, "num_attention_heads", int)
+    positions = attribute(attributes, "max_position_embeddings", int, 2048)
+    has_bias = attribute(attributes, "attention_bias", bool, False)
     return DecoderConfig(
-        vocab=required(attributes, "vocab_size"),
+        vocab=attribute(attributes, "vocab_size", int),
         width=width,
-        ffn=required(attributes, "intermediate_size"),
-        layers=required(attributes, "num_hidden_layers"),
+        ffn=attribute(attributes, "intermediate_size", int),
+        layers=attribute(attributes, "num_hidden_layers", int),
         heads=heads,
-        kv_heads=attributes.get("num_key_value_heads") or heads,
-        head_dim=attributes.get("head_dim") or width // heads,
+        kv_heads=attribute(attributes, "num_key_value_heads", int, heads),
+        head_dim=attribute(attributes, "head_dim", int, width // max(heads, 1)),
         positions=positions,
         rope=read_rope(attributes, positions),
-        norm_eps=attributes.get("rms_norm_eps") or 1e-6,
-        tie_embeddings=bool(attributes.get("tie_word_embeddings")),
+        norm_eps=attribute(attributes, "rms_norm_eps", float, 1e-6),
+        tie_embeddings=attribute(attributes, "tie_word_embeddings", bool, False),
         qkv_bias=has_bias,
         out_bias=has_bias,
-        mlp_bias=bool(attributes.get("mlp_bias")),
-        init_std=attributes.get("initializer_range") or 0.02,
+        mlp_bias=attribute(attributes, "mlp_bias", bool, False),
+        init_std=attribute(attributes, "initializer_range", float, 0.02),
         param_dtype=param_dtype,
         dtype=dtype,
         softmax_dtype=softmax_dtype,

@@ -52,7 +52,16 @@ class DecoderConfig:
             if getattr(self, name) not in DTYPES:
                 raise unknown(f"model.{name}", getattr(self, name), DTYPES)
 
+        for name in ("norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"model.{name}={getattr(self, name)} must be above 0.")
+
     @property
     def context(self) -> int:
-        """Positions that can be used: the declared ones, or what the rotary embedding was stretched to."""
-        return max(self.positions, int(self.rope.factor * (self.rope.original_positions or self.positions)))
+        """Positions that can be used: the declared ones, or what the rotary embedding was stretched to.
+
+        `dynamic` and `yarn` checkpoints may declare the length before stretching. AMBIGUOUS: `linear` ones do either
+        (Vicuna the one, DeepSeek-Coder the other); what is declared is taken. `llama3` declares the length after it.
+        """
+        stretched = self.rope.factor * (self.rope.original_positions or self.positions)
+        return max(self.positions, int(stretched)) if self.rope.kind in ("dynamic", "yarn") else self.positions

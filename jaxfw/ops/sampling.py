@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray
@@ -36,8 +37,8 @@ class Sampling:
             "min_p": (self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]"),
         }
         for name, (value, fits, range_) in accepted.items():
-            if value is not None and not fits(value):
-                raise InputError(f"{name}={value} must be {range_}.")
+            if value is not None and not (isinstance(value, int | float | np.number) and fits(value)):
+                raise InputError(f"{name}={value!r} must be {range_}.")
         if self.temperature is None and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise InputError("top_k, top_p and min_p filter random draws: give temperature as well, e.g. 1.0.")
 
@@ -59,7 +60,8 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
         if sampling.top_p is not None:
             probs = jax.nn.softmax(descending, axis=-1)
             # The mass above a token decides: the token that crosses top_p is kept, and so the first always is.
-            kept = jnp.cumsum(probs, axis=-1) - probs < sampling.top_p
+            # Rounding lets the sum reach 1 before the last tokens: at top_p = 1 all are kept whatever it says.
+            kept = (jnp.cumsum(probs, axis=-1) - probs < sampling.top_p) | (sampling.top_p >= 1)
             smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < smallest, -jnp.inf, logits)
     if sampling.min_p is not None:

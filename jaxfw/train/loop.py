@@ -41,7 +41,8 @@ def train(
         batches: step number -> batch.
         key: the randomness of the whole run.
         steps: updates in all.
-        metrics: receives `train/*` every `log_every` steps and what `evaluate` returns every `evaluate_every`.
+        metrics: receives `train/*` every `log_every` steps and with every checkpoint, and what `evaluate` returns every
+            `evaluate_every`.
         checkpoints: receive the state every `save_every` steps.
         evaluate: parameters -> named numbers.
         log_every: steps between two rows of metrics.
@@ -49,7 +50,7 @@ def train(
         save_every: steps between two checkpoints.
 
     Raises:
-        RunError: the loss is not finite; nothing is saved after the last good checkpoint.
+        RunError: the loss or the norm of its gradient is not finite; what was saved before is good.
     """
     done = int(train_state.step)
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=None, dynamic_ncols=True)
@@ -57,8 +58,9 @@ def train(
     for number in range(done + 1, steps + 1):
         train_state, measured = step(train_state, batches(number), key)
         is_last = number == steps
+        is_saved = is_last or number % save_every == 0
         row: dict[str, float] = {}
-        if is_last or number % log_every == 0:
+        if is_saved or number % log_every == 0:
             row = {name: float(value) for name, value in jax.device_get(measured).items()}
             _check_finite(row, logged, number, checkpoints)
             row["perf/steps_per_s"] = (number - logged) / (time.perf_counter() - since)
@@ -71,20 +73,20 @@ def train(
             since, logged = time.perf_counter(), number
             if bar.disable and (is_last or number % evaluate_every == 0):
                 print(f"step {number}/{steps}  {_written(row)}", flush=True)
-        if is_last or number % save_every == 0:
+        if is_saved:
             checkpoints.save(number, train_state)
     bar.close()
     return train_state
 
 
 def _check_finite(row: Mapping[str, float], logged: int, number: int, checkpoints: Checkpoints) -> None:
-    if math.isfinite(row["train/loss"]):
+    if math.isfinite(row["train/loss"]) and math.isfinite(row["train/grad_norm"]):
         return
     good = checkpoints.latest_step
     kept = f"The newest checkpoint is of step {good}." if good is not None else "There is no checkpoint yet."
     raise RunError(
-        f"train/loss={row['train/loss']} between steps {logged + 1} and {number}: lower optimizer.learning_rate, "
-        f"raise optimizer.warmup, or look at the data of these steps. {kept}"
+        f"train/loss={row['train/loss']}, train/grad_norm={row['train/grad_norm']} between steps {logged + 1} and "
+        f"{number}: lower optimizer.learning_rate, raise optimizer.warmup, or look at the data of these steps. {kept}"
     )
 
 

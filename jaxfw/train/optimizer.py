@@ -29,6 +29,9 @@ class OptimizerConfig:
             raise InputError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
         if self.warmup < 0:
             raise InputError(f"optimizer.warmup={self.warmup} must be 0 or more steps.")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1).")
         if not self.clip_norm > 0:
             raise InputError(f"optimizer.clip_norm={self.clip_norm} must be above 0 (a large value never clips).")
 

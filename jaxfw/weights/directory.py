@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from jaxfw.nn.config import DTYPES
 from jaxfw.weights import tensors
 
 FAMILIES = {llama.MODEL_TYPE: llama}
+TIED_HEAD = "lm_head.weight"  # some files hold it beside the embedding that it equals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +50,83 @@ def load(
         softmax_dtype: what attention weights are computed in.
 
     Raises:
-        InputError: unknown family or attribute; missing, unexpected or misshaped tensors; damaged files; pickles.
+        InputError: unknown family or attribute; missing, unexpected, misshaped or quantised tensors; damaged files;
+            pickles.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory: give the folder that holds config.json.")
-    attributes = tensors.read_json(directory / "config.json")
-    family = FAMILIES.get(attributes.get("model_type", ""))
-    if family is None:
-        raise unknown("config.json: model_type", attributes.get("model_type"), FAMILIES)
-    files = tensors.locate(directory)
-    stored = _stored_dtype(files)
-    for name, value in {"param_dtype": param_dtype, "dtype": dtype, "softmax_dtype": softmax_dtype}.items():
-        if value is not None and value not in DTYPES:
-            raise unknown(name, value, DTYPES)
-    config = family.read_config(
-        attributes, param_dtype=param_dtype or stored, dtype=dtype or stored, softmax_dtype=softmax_dtype
-    )
-    names = family.tensor_names(config)
-    shapes: dict[str, Any] = flatten_dict(jax.eval_shape(lambda: init(config, jax.random.key(0))), sep="/")
-    expected = {name: _stored_shape(path, shapes[path].shape) for path, name in names.items()}
-    tied = {"lm_head.weight": names["embed/embedding"]} if config.tie_embeddings else {}
-    tensors.check(files, expected, ignored=family.IGNORED_TENSORS, tied=tied)
+    found = _inspect(directory, param_dtype=param_dtype, dtype=dtype, softmax_dtype=softmax_dtype)
+    names = found.family.tensor_names(found.config)
+    if found.config.tie_embeddings:
+        tensors.check_tied(found.headers, TIED_HEAD, names["embed/embedding"])
     flat = {}
     for path, name in names.items():
-        value = tensors.read(files, name)
+        value = tensors.read(found.headers, name)
         if _is_kernel(path):
             value = np.ascontiguousarray(value.T)
         flat[path] = jnp.asarray(value, None if param_dtype is None else jnp.dtype(param_dtype))
-    return Checkpoint(config, unflatten_dict(flat, sep="/"), attributes)
+    return Checkpoint(found.config, unflatten_dict(flat, sep="/"), found.attributes)
+
+
+def load_config(
+    directory: str | Path,
+    *,
+    param_dtype: str | None = None,
+    dtype: str | None = None,
+    softmax_dtype: str = "float32",
+) -> DecoderConfig:
+    """The `config` that `load` would give, with its keywords and refusals; of the tensors, only headers are read."""
+    return _inspect(directory, param_dtype=param_dtype, dtype=dtype, softmax_dtype=softmax_dtype).config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inspected:
+    config: DecoderConfig
+    family: ModuleType
+    headers: dict[str, tensors.Header]
+    attributes: dict[str, Any]
+
+
+def _inspect(directory: str | Path, *, param_dtype: str | None, dtype: str | None, softmax_dtype: str) -> _Inspected:
+    """config.json and the headers of the files, checked against each other."""
+    directory = _existing(directory)
+    attributes = tensors.read_json(directory / "config.json")
+    model_type = attributes.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise unknown("config.json: model_type", model_type, FAMILIES)
+    family, headers = FAMILIES[model_type], tensors.locate(directory)
+    stored = _stored_dtype(headers)
+    config = family.read_config(
+        attributes,
+        param_dtype=_dtype_name("param_dtype", param_dtype or stored),
+        dtype=_dtype_name("dtype", dtype or stored),
+        softmax_dtype=_dtype_name("softmax_dtype", softmax_dtype),
+    )
+    shapes = _shapes(config)
+    expected = {name: _stored_shape(path, shapes[path]) for path, name in family.tensor_names(config).items()}
+    tensors.check(headers, expected, ignored=family.IGNORED_TENSORS, optional=(TIED_HEAD,))
+    return _Inspected(config, family, headers, attributes)
+
+
+def _dtype_name(field: str, value: Any) -> str:
+    """`bfloat16` for "bfloat16", `jnp.bfloat16` and the like."""
+    try:
+        name = jnp.dtype(value).name
+    except TypeError:
+        name = None
+    if name not in DTYPES:
+        raise unknown(field, value, DTYPES)
+    return name
+
+
+def _existing(directory: str | Path) -> Path:
+    if os.path.isdir(directory):
+        return Path(directory)
+    message = f"{directory} is not a directory: give the folder that holds config.json."
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(directory)) and not os.path.exists(directory):
+        message += (
+            " If it is a Hub id: nothing is downloaded here, so first run "
+            f"`hf download {directory} --local-dir DIR` (of huggingface_hub), then give DIR."
+        )
+    raise InputError(message)
 
 
 def save(
@@ -108,20 +159,20 @@ def save(
     family = FAMILIES[model_type]
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     names = family.tensor_names(config)
-    if set(flat) != set(names):
-        odd = sorted(set(flat) ^ set(names))
-        raise InputError(f"params do not fit the config: {', '.join(odd[:5])} is in one of the two only.")
+    _check_params(config, flat)
     stored = {
         name: np.ascontiguousarray(np.asarray(flat[path]).T) if _is_kernel(path) else np.asarray(flat[path])
         for path, name in names.items()
     }
     config = dataclasses.replace(config, param_dtype=str(flat["embed/embedding"].dtype))
+    described = {**(attributes or {}), **family.write_config(config)}
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors.write(partial, dict(sorted(stored.items())), shard_bytes=shard_bytes)
-    described = {**(attributes or {}), **family.write_config(config)}
     (partial / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    for file in partial.glob("*.safetensors"):
+        shutil.copymode(partial / "config.json", file)  # the library makes files that only their owner can read
     for name, content in (extra or {}).items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -137,12 +188,32 @@ def _is_kernel(path: str) -> bool:
 
 
 def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(reversed(shape)) if _is_kernel(path) else tuple(shape)
+    return tuple(reversed(shape)) if _is_kernel(path) else shape
 
 
-def _stored_dtype(files: Mapping[str, Path]) -> str:
-    name = next((name for name in files if name.endswith("embed_tokens.weight")), next(iter(files)))
-    dtype = str(tensors.read(files, name).dtype)
-    if dtype not in DTYPES:
-        raise InputError(f"{files[name]}: {name} is stored as {dtype}; accepted: {', '.join(DTYPES)}.")
-    return dtype
+def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    tree = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    leaves: dict[str, Any] = flatten_dict(tree, sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def _check_params(config: DecoderConfig, flat: Mapping[str, Any]) -> None:
+    """Names, shapes and dtypes of the parameters; the first that does not fit is named."""
+    shapes = _shapes(config)
+    if set(flat) != set(shapes):
+        odd = sorted(set(flat) ^ set(shapes))
+        raise InputError(f"params do not fit the config: {', '.join(odd[:5])} is in one of the two only.")
+    for path, leaf in flat.items():
+        shape, dtype = tuple(np.shape(leaf)), str(getattr(leaf, "dtype", type(leaf).__name__))
+        if shape != shapes[path]:
+            raise InputError(
+                f"params do not fit the config: {path} is {list(shape)}, the config asks for {list(shapes[path])}."
+            )
+        if dtype not in DTYPES:
+            raise InputError(f"params.{path} is {dtype}; accepted: {', '.join(DTYPES)}. Convert it before saving.")
+
+
+def _stored_dtype(headers: Mapping[str, tensors.Header]) -> str:
+    """That of the embedding; one that is absent or not accepted is reported by `tensors.check`, with the rest."""
+    header = next((header for name, header in headers.items() if name.endswith("embed_tokens.weight")), None)
+    return tensors.DTYPES.get(header.dtype, DTYPES[0]) if header else DTYPES[0]

@@ -1,8 +1,9 @@
 """The tensors of a Hugging Face directory, in one file or in shards with an index: read by name, written whole."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors' numpy reader needs)
@@ -14,6 +15,16 @@ from jaxfw.core.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the shard size of transformers before version 5, and of most of the Hub
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as a file's header names them, and as we do
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says of a tensor before any of its bytes are read; `dtype` in the file's own spelling."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def read_json(path: Path) -> dict:
@@ -22,6 +33,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: is this a Hugging Face model directory?") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): download it again.") from None
     if not isinstance(value, dict):
@@ -29,32 +42,43 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def _unreadable(path: Path, error: OSError) -> InputError:
+    reason = error.strerror or error
+    return InputError(f"{path} cannot be read ({reason}): it must be a file that you may read.")
+
+
 def _open(path: Path):
     try:
+        path.open("rb").close()  # safe_open says of a file that may not be read that there is none
         return safe_open(path, framework="np")
     except FileNotFoundError:
         raise InputError(f"{path} is missing, but the index names it: download the missing shard.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except SafetensorError as error:
         size = path.stat().st_size
         raise InputError(f"{path} ({size} bytes) is truncated or corrupt ({error}): download it again.") from None
 
 
-def locate(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it. Checks that every shard exists and holds what the index says."""
+def _headers(file: Path) -> dict[str, Header]:
+    with _open(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        return {name: Header(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def locate(directory: Path) -> dict[str, Header]:
+    """Tensor name -> header, from every file. Checks that each shard exists and holds what the index says."""
     if (directory / SINGLE).exists():
-        file = directory / SINGLE
-        with _open(file) as tensors:
-            return dict.fromkeys(tensors.keys(), file)
+        return _headers(directory / SINGLE)
     if (directory / INDEX).exists():
-        named = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(named, dict):
-            raise InputError(f"{directory / INDEX} lacks 'weight_map': download it again.")
-        for shard in sorted(set(named.values())):
-            with _open(directory / shard) as tensors:
-                absent = sorted(name for name, file in named.items() if file == shard and name not in tensors.keys())
+        found = {}
+        for shard, names in _index(directory / INDEX).items():
+            headers = _headers(directory / shard)
+            absent = sorted(set(names) - set(headers))
             if absent:
                 raise InputError(f"{directory / shard} lacks {_few(absent)}, which {INDEX} places there.")
-        return {name: directory / shard for name, shard in named.items()}
+            found |= {name: headers[name] for name in names}
+        return found
     pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise InputError(
@@ -65,44 +89,56 @@ def locate(directory: Path) -> dict[str, Path]:
     raise InputError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
 
 
-def check(
-    files: Mapping[str, Path], expected: Mapping[str, tuple[int, ...]], *, ignored: str, tied: Mapping[str, str]
-) -> None:
-    """Compare names and shapes with what the config asks for; one `InputError` lists everything that is off.
+def _index(path: Path) -> dict[str, list[str]]:
+    """Shard -> the tensors that the index places there."""
+    named = read_json(path).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise InputError(f"{path} lacks 'weight_map', the file of each tensor: download it again.")
+    shards: dict[str, list[str]] = {}
+    for name, file in sorted(named.items(), key=lambda pair: pair[::-1]):
+        shards.setdefault(file, []).append(name)
+    return shards
 
-    `tied` maps names that may be present without need to the name they must equal.
-    """
-    problems = []
-    missing = sorted(set(expected) - set(files))
-    unexpected = sorted(
-        name for name in files if name not in expected and name not in tied and not re.fullmatch(ignored, name)
-    )
-    if missing:
-        problems.append(f"missing: {_few(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {_few(unexpected)}")
-    misshaped = []
-    for file in sorted(set(files.values())):
-        with _open(file) as tensors:
-            for name in tensors.keys():
-                if files.get(name) == file and name in expected:
-                    shape = tuple(tensors.get_slice(name).get_shape())
-                    if shape != expected[name]:
-                        misshaped.append(f"{name} is {list(shape)}, config.json asks for {list(expected[name])}")
-    if misshaped:
-        problems.append(f"misshaped: {_few(misshaped)}")
-    for name, twin in tied.items():
-        if name in files and twin in files and not np.array_equal(read(files, name), read(files, twin)):
-            problems.append(
-                f"{name} differs from {twin}, though config.json says tie_word_embeddings=true (set it to false)"
-            )
+
+def check(
+    found: Mapping[str, Header], expected: Mapping[str, tuple[int, ...]], *, ignored: str, optional: Collection[str]
+) -> None:
+    """Compare names, shapes and dtypes with what the config asks for; one `InputError` lists everything that is off."""
+    missing = sorted(set(expected) - set(found))
+    extra = set(found) - set(expected) - set(optional)
+    unexpected = sorted(name for name in extra if not re.fullmatch(ignored, name))
+    misshaped = [
+        f"{name} is {list(found[name].shape)}, config.json asks for {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name in found and found[name].shape != shape
+    ]
+    lists = {"missing": missing, "unexpected": unexpected, "misshaped": misshaped}
+    problems = [f"{kind}: {_few(names)}" for kind, names in lists.items() if names]
+    problems += _odd_dtypes({name: found[name].dtype for name in sorted(found) if name in expected or name in optional})
     if problems:
         raise InputError(f"the tensors do not fit config.json: {'; '.join(problems)}.")
 
 
-def read(files: Mapping[str, Path], name: str) -> np.ndarray:
+def _odd_dtypes(stored: Mapping[str, str]) -> list[str]:
+    odd = sorted(set(stored.values()) - set(DTYPES))
+    problems = [f"stored as {dtype}: {_few([n for n in stored if stored[n] == dtype], most=2)}" for dtype in odd]
+    if odd:
+        problems[-1] += f" (accepted: {', '.join(DTYPES)}. A quantised checkpoint? Take the unquantised one)"
+    return problems
+
+
+def check_tied(found: Mapping[str, Header], name: str, twin: str) -> None:
+    """A tensor that is stored although it is tied must equal its twin."""
+    if name in found and not np.array_equal(read(found, name), read(found, twin)):
+        raise InputError(
+            f"the tensors do not fit config.json: {name} differs from {twin}, though config.json says "
+            "tie_word_embeddings=true (set it to false)."
+        )
+
+
+def read(found: Mapping[str, Header], name: str) -> np.ndarray:
     """One tensor in its stored dtype."""
-    with _open(files[name]) as tensors:
+    with _open(found[name].file) as tensors:
         return tensors.get_tensor(name)
 
 

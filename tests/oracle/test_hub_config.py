@@ -3,16 +3,20 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")
 pytestmark = pytest.mark.oracle
 
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # noqa: E402
+
 from experiments import parity  # noqa: E402
 from jaxfw.core.errors import InputError  # noqa: E402
 from jaxfw.models import DecoderConfig, Rope, llama  # noqa: E402
 from jaxfw.models.hub_config import IRRELEVANT, NEUTRAL  # noqa: E402
+from jaxfw.ops.rope import attention_factor, inverse_frequencies  # noqa: E402
 
 LLAMA_2_7B = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
@@ -41,26 +45,74 @@ LLAMA_3_2_1B = LLAMA_3_1_8B | {
     "rope_scaling": LLAMA_3_1_8B["rope_scaling"] | {"factor": 32.0}, "tie_word_embeddings": True,
     "transformers_version": "4.45.0.dev0",
 }  # fmt: skip
+SMOLLM2_135M = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}, "vocab_size": 49152,
+}  # fmt: skip
+TINYLLAMA = LLAMA_2_7B | {
+    "attention_bias": False, "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048,
+    "num_hidden_layers": 22, "num_key_value_heads": 4, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+}  # fmt: skip
+VICUNA_16K = LLAMA_2_7B | {
+    "_name_or_path": "vicuna-7b-v1.5-16k", "do_sample": True, "max_length": 4096, "max_sequence_length": 16384,
+    "pad_token_id": 0, "rope_scaling": {"factor": 4.0, "type": "linear"}, "temperature": 0.9, "top_p": 0.6,
+}  # fmt: skip
+CODE_LLAMA_7B = LLAMA_2_7B | {"max_position_embeddings": 16384, "rope_theta": 1000000, "vocab_size": 32016}
+DEEPSEEK_CODER = LLAMA_2_7B | {
+    "bos_token_id": 32013, "eos_token_id": 32021, "max_position_embeddings": 16384, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"factor": 4.0, "type": "linear"}, "rope_theta": 100000, "vocab_size": 32256,
+}  # fmt: skip
+YARN_LLAMA_128K = LLAMA_2_7B | {
+    "auto_map": {"AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM"},
+    "max_position_embeddings": 131072, "pad_token_id": 0,
+    "rope_scaling": {"factor": 32.0, "finetuned": True, "original_max_position_embeddings": 4096, "type": "yarn"},
+}  # fmt: skip
 PUBLISHED = {
     "Llama-2-7b": LLAMA_2_7B,
     "Llama-3-8B": LLAMA_3_8B,
     "Llama-3.1-8B": LLAMA_3_1_8B,
     "Llama-3.2-1B": LLAMA_3_2_1B,
+    "SmolLM2-135M": SMOLLM2_135M,
+    "TinyLlama-1.1B": TINYLLAMA,
+    "vicuna-7b-v1.5-16k": VICUNA_16K,
+    "CodeLlama-7b": CODE_LLAMA_7B,
+    "deepseek-coder-6.7b": DEEPSEEK_CODER,
+    "Yarn-Llama-2-7b-128k": YARN_LLAMA_128K,
 }
 _LLAMA3_ROPE = {"theta": 500000.0, "kind": "llama3", "original_positions": 8192}
 _8B = {
     "vocab": 128256, "width": 4096, "ffn": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "head_dim": 128,
     "norm_eps": 1e-5, "param_dtype": "bfloat16", "dtype": "bfloat16",
 }  # fmt: skip
+_7B = {
+    "vocab": 32000, "width": 4096, "ffn": 11008, "layers": 32, "heads": 32, "kv_heads": 32, "head_dim": 128,
+    "positions": 4096, "norm_eps": 1e-5, "param_dtype": "bfloat16", "dtype": "bfloat16",
+}  # fmt: skip
 MEANT = {
-    "Llama-2-7b": DecoderConfig(
-        vocab=32000, width=4096, ffn=11008, layers=32, heads=32, kv_heads=32, head_dim=128, positions=4096,
-        norm_eps=1e-5, param_dtype="bfloat16", dtype="bfloat16"),
+    "Llama-2-7b": DecoderConfig(**_7B),
     "Llama-3-8B": DecoderConfig(**_8B, positions=8192, rope=Rope(theta=500000.0)),
     "Llama-3.1-8B": DecoderConfig(**_8B, positions=131072, rope=Rope(**_LLAMA3_ROPE, factor=8.0)),
     "Llama-3.2-1B": DecoderConfig(
         **_8B | {"width": 2048, "ffn": 8192, "layers": 16, "head_dim": 64}, positions=131072,
         rope=Rope(**_LLAMA3_ROPE, factor=32.0), tie_embeddings=True),
+    "SmolLM2-135M": DecoderConfig(
+        vocab=49152, width=576, ffn=1536, layers=30, heads=9, kv_heads=3, head_dim=64, positions=8192,
+        rope=Rope(theta=100000.0), norm_eps=1e-5, tie_embeddings=True, init_std=1 / 24,
+        param_dtype="bfloat16", dtype="bfloat16"),
+    "TinyLlama-1.1B": DecoderConfig(
+        **_7B | {"width": 2048, "ffn": 5632, "layers": 22, "kv_heads": 4, "head_dim": 64, "positions": 2048}),
+    "vicuna-7b-v1.5-16k": DecoderConfig(**_7B, rope=Rope(kind="linear", factor=4.0)),
+    "CodeLlama-7b": DecoderConfig(**_7B | {"vocab": 32016, "positions": 16384}, rope=Rope(theta=1e6)),
+    "deepseek-coder-6.7b": DecoderConfig(
+        **_7B | {"vocab": 32256, "positions": 16384, "norm_eps": 1e-6},
+        rope=Rope(theta=1e5, kind="linear", factor=4.0)),
+    "Yarn-Llama-2-7b-128k": DecoderConfig(
+        **_7B | {"positions": 131072}, rope=Rope(kind="yarn", factor=32.0, original_positions=4096)),
 }  # fmt: skip
 
 
@@ -82,6 +134,20 @@ def test_published_and_version_5_layouts_load_alike(name):
     assert read(PUBLISHED[name]) == read(newer) == MEANT[name]
 
 
+def rotation(attributes):
+    """What transformers rotates by: a frequency per pair, and the factor of cosines and sines."""
+    rotary = LlamaRotaryEmbedding(transformers.LlamaConfig.from_dict(copy.deepcopy(attributes)))
+    return rotary.inv_freq.numpy(), rotary.attention_scaling
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rotations_are_those_of_transformers(name):
+    frequencies, factor = rotation(PUBLISHED[name])
+    ours = MEANT[name]
+    np.testing.assert_allclose(inverse_frequencies(ours.rope, ours.head_dim), frequencies, rtol=3e-7)
+    assert attention_factor(ours.rope) == pytest.approx(factor)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_what_we_write_is_read_alike_everywhere(name):
     """By us, by transformers, and each layout alone (older libraries know only the first)."""
@@ -93,8 +159,10 @@ def test_what_we_write_is_read_alike_everywhere(name):
     theirs = transformers.LlamaConfig.from_dict(copy.deepcopy(PUBLISHED[name])).to_dict()
     for layout in (written, older, newer):
         from_ours = transformers.LlamaConfig.from_dict(copy.deepcopy(layout)).to_dict()
-        for key in llama._USED & theirs.keys():
+        for key in (llama._USED & theirs.keys()) - {"rope_parameters"}:
             assert from_ours[key] == theirs[key], key
+        for ours, published in zip(rotation(layout), rotation(PUBLISHED[name]), strict=True):
+            np.testing.assert_array_equal(ours, published)
 
 
 @pytest.mark.parametrize("name", parity.CASES)
