@@ -121,6 +121,8 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     c = to_dataclass(QuickstartConfig, config)
     tokenizer, training, held_out = _data(c)
     _check_prompts(c, tokenizer)
+    print(f"{len(training):,} training tokens, {len(held_out):,} held out, {parameter_count(c.model):,} parameters",
+          flush=True)  # fmt: skip
     windows = list(consecutive_windows(held_out, batch=c.train.batch, length=c.train.length,
                                        most=c.train.validation_batches))  # fmt: skip
     trained, history = _train(c, training, windows, workdir)
