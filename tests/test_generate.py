@@ -310,3 +310,15 @@ def test_what_cannot_be_run_is_refused(options, message):
 
 def test_the_last_position_can_be_used():
     assert len(run([[1] * (256 - NEW)], room=256).tokens[0]) == NEW
+
+
+def test_the_decode_loop_lowers_for_cuda():
+    """Without a GPU at hand: every operation of the compiled program has a rule there."""
+    tokens, lengths = padded(32)
+    _, cache = prefill(CONFIG, params(), tokens, lengths, policy=FullCache(), room=ROOM)
+    B = len(lengths)
+    keys = jax.random.split(jax.random.key(0), B)
+    state = Decoding(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.bool(True), keys, jnp.int32(1))
+    arguments = (CONFIG, FullCache(), params(), state, Sampling(1.0, 5, 0.9, 0.1), jnp.array([-1]), jnp.int32(4))
+    lowered = decode.trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "while" in lowered.as_text()

@@ -231,3 +231,11 @@ def test_weight_decay_leaves_vectors_alone():
 def test_optimizers_that_mean_nothing_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         make_optimizer(OptimizerConfig(**fields), steps=10)
+
+
+def test_the_step_lowers_for_cuda():
+    """Without a GPU at hand: every operation of the compiled program has a rule there."""
+    loss_fn = NextTokenLoss(dataclasses.replace(CONFIG, dtype="bfloat16"))
+    arguments = (fresh(), BATCHES(1), jax.random.key(0))
+    lowered = make_step(loss_fn, OPTIMIZER).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "bf16" in lowered.as_text()
