@@ -192,8 +192,9 @@ def _padding_seen(real):
 
 
 def _prompt_end(real):
-    def last_logits(config, params, x, lengths):
-        return real(config, params, x, jnp.full_like(lengths, lengths.max()))
+    def last_logits(config, params, x, step, taps):
+        longest = jnp.full_like(step.lengths, step.lengths.max())
+        return real(config, params, x, dataclasses.replace(step, lengths=longest), taps)
 
     return last_logits
 

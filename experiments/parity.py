@@ -35,7 +35,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxfw.core import runtime
 from jaxfw.core.errors import InputError
-from jaxfw.models import DecoderConfig, decoder, forward, llama
+from jaxfw.models import DecoderConfig, decoder, forward, llama, whole
 from jaxfw.nn import layers
 from jaxfw.ops import attention, rope
 from jaxfw.ops.losses import token_log_probs
@@ -390,7 +390,7 @@ FAULTS = (
     Fault("gradient: norm statistics detached", "default", shows_in="gradients",
           patch=_norm(_detached_statistics)),
     Fault("gradient: tied table learns from the head only", "llama3", shows_in="gradients",
-          patch=(decoder, "embed", lambda real: lambda config, params, tokens: jax.lax.stop_gradient(
+          patch=(whole, "embed", lambda real: lambda config, params, tokens, **sites: jax.lax.stop_gradient(
               real(config, params, tokens)))),
 )  # fmt: skip
 

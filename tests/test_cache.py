@@ -9,13 +9,28 @@ import pytest
 
 pytest.register_assert_rewrite("tests.cache_contract")
 
-from jaxfw.models.cache import Cache, FullCache, FullState  # noqa: E402
+from jaxfw.models.cache import Cache, FullCache, FullState, Int8Cache, RandomCache, RingCache  # noqa: E402
 from tests import cache_contract  # noqa: E402
 from tests.cache_contract import CONFIG, LENGTHS, ROOM, SPEC, B, CacheContract, T  # noqa: E402
 
 
 class TestFullCache(CacheContract):
     policy = FullCache()
+
+
+class TestRingCache(CacheContract):
+    policy = RingCache(window=8)
+    reference = dataclasses.replace(CONFIG, window=8)
+
+
+class TestRandomCache(CacheContract):
+    policy = RandomCache(budget=6)
+    is_exact = False
+
+
+class TestInt8Cache(CacheContract):
+    policy = Int8Cache()
+    is_exact = False
 
 
 @pytest.mark.parametrize("dtype, width", [("float32", 4), ("bfloat16", 2)])

@@ -78,11 +78,11 @@ def test_parts_without_a_cache_equal_the_whole(config):
     x = _embed(config, params, TOKENS)
     for i in range(config.layers):
         weights = params[f"layers_{i}"]
-        x_, state = _layer(config, weights, x, layer_step(step, i))
-        middle, _ = _attend_half(config, weights, x, layer_step(step, i))
-        np.testing.assert_allclose(x_, _mlp_half(config, weights, middle), atol=1e-6)
-        assert state is None
-        x = x_
+        out = _layer(config, weights, x, layer_step(step, i))
+        middle = _attend_half(config, weights, x, layer_step(step, i))
+        np.testing.assert_allclose(out.x, _mlp_half(config, weights, middle.x, layer_step(step, i)).x, atol=1e-6)
+        assert out.state is None and middle.state is None
+        x = out.x
     logits = _head(config, params, x)
     assert logits.shape == (3, 11, config.vocab)
     np.testing.assert_allclose(logits, whole(config, params, TOKENS, LENGTHS).logits, atol=2e-5)
@@ -100,11 +100,12 @@ def test_parts_with_a_cache_equal_the_whole():
             step = dataclasses.replace(step, positions=step.positions + cache.seen[:, None])
         x = _embed(config, params, tokens)
         for i in range(config.layers):
-            x, state = _layer(
+            out = _layer(
                 config, params[f"layers_{i}"], x, layer_step(step, i), policy=policy.at(i), room=room,
                 state=cache.layers[i] if cache else None, previous=states[-1] if states else None,
             )  # fmt: skip
-            states.append(state)
+            x = out.x
+            states.append(out.state)
         for b, n in enumerate(lengths):
             np.testing.assert_allclose(_head(config, params, x)[b, :n], expected.logits[b, :n], atol=2e-5)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), Cache(tuple(states)), expected.cache)
@@ -124,7 +125,7 @@ def test_vjp_layer_by_layer_equals_the_gradient_of_the_whole(config):
     x, from_embed = jax.vjp(lambda p: _embed(config, p, TOKENS), ends)
     back = []
     for i in range(config.layers):
-        run_layer = functools.partial(lambda i, p, x: _layer(config, p, x, layer_step(step, i))[0], i)
+        run_layer = functools.partial(lambda i, p, x: _layer(config, p, x, layer_step(step, i)).x, i)
         x, from_layer = jax.vjp(run_layer, params[f"layers_{i}"], x)
         back.append(from_layer)
     gradient, from_head = jax.vjp(lambda p, x: loss(_head(config, p, x)), ends, x)

@@ -15,18 +15,16 @@ threads wait for each other: the report holds the load average before the run, w
 import argparse
 import dataclasses
 import json
-import math
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.pairs import CONFIDENCE, take_turns
+
 THREADS = 2
-CONFIDENCE = 0.95
 RESULTS = Path(__file__).parents[1] / "results" / "cpu_lm.json"
 LEARNING_RATE, WEIGHT_DECAY, CLIP, BETAS = 3e-4, 0.1, 1.0, (0.9, 0.95)
 LOGITS_TOLERANCE = 1e-4  # of the deviation of the logits
@@ -220,40 +218,9 @@ def _require(is_met: bool, message: str) -> None:
 
 
 def measure(job: Job, pairs: int) -> dict[str, Any]:
-    """Check, warm up, then take turns; seconds of each pair and the ratio's median, range and interval."""
+    """Check, then take turns."""
     job.check()
-    seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
-    for pair in range(pairs + 1):
-        for side in seconds:
-            started = time.perf_counter()
-            getattr(job, side)()
-            if pair:  # the first pair warms up
-                seconds[side].append(time.perf_counter() - started)
-    ratios = sorted(theirs / ours for theirs, ours in zip(*seconds.values(), strict=True))
-    k = interval_rank(pairs)
-    return {
-        "job": job.name,
-        "ratio": statistics.median(ratios),
-        "interval": [ratios[k], ratios[-1 - k]],
-        "range": [ratios[0], ratios[-1]],
-        "median_seconds": {side: statistics.median(values) for side, values in seconds.items()},
-        "seconds": seconds,
-    }
-
-
-def interval_rank(n: int, confidence: float = CONFIDENCE) -> int:
-    """The largest k for which the sorted values k and n-1-k enclose the median with `confidence`; 0 if none does.
-
-    >>> [interval_rank(n) for n in (3, 9, 25)]
-    [0, 1, 7]
-    """
-    outside, k = 0.0, -1
-    while k + 1 < n / 2:
-        outside += 2 * math.comb(n, k + 1) / 2**n
-        if outside > 1 - confidence:
-            break
-        k += 1
-    return max(k, 0)
+    return {"job": job.name, **take_turns({"theirs": job.theirs, "ours": job.ours}, pairs)}
 
 
 def run(size: Size, pairs: int) -> list[dict[str, Any]]:

@@ -17,13 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfw.core.errors import InputError, RunError
+from jaxfw.core.keys import fold, row_keys
 from jaxfw.core.shapes import Array, Bool, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models import DecoderConfig, embed, first_step, forward, head, layer, trunk
+from jaxfw.models import DecoderConfig, Edit, embed, first_step, forward, head, layer, trunk
 from jaxfw.models.cache import Cache, CachePolicy, FullCache
+from jaxfw.models.routing import Experts, Router
+from jaxfw.models.taps import Sites, validate
 from jaxfw.ops.sampling import Sampling, sample
 
 SHORTEST_BUCKET = 32
 CHUNK = 32
+CACHE_STREAM = 2**31 - 1  # a row's key folded with this is its cache policy's; tokens are drawn with the step's number
 STOP_IDS = 8  # stop ids are padded to a multiple of this: their number does not recompile
 
 
@@ -75,14 +79,23 @@ def default_room(prompt: int, new: int) -> int:
     return -(-needed // step) * step
 
 
-_embed = jax.jit(embed, static_argnums=0)
-_layer = jax.jit(layer, static_argnames=("config", "policy", "room"), donate_argnames="x")
+@partial(jax.jit, static_argnames="config")
+def _embed(config, params, tokens, step, taps):
+    return embed(config, params, tokens, sites=Sites(taps, step))
+
+
+_layer = jax.jit(layer, static_argnames=("config", "policy", "room", "write", "router", "experts"), donate_argnames="x")
+_finish = jax.jit(lambda policy, states, step: policy.finish(states, step), static_argnums=0, donate_argnums=1)
 
 
 @partial(jax.jit, static_argnames="config")
-def _last_logits(config, params, x, lengths):
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return head(config, params, last)[:, 0]
+def _last_logits(config, params, x, step, taps):
+    last = jnp.maximum(step.lengths - 1, 0)[:, None]
+    step = dataclasses.replace(
+        step, positions=jnp.take_along_axis(step.positions, last, axis=1), lengths=jnp.minimum(step.lengths, 1)
+    )
+    x = jnp.take_along_axis(x, last[..., None], axis=1)
+    return head(config, params, x, sites=Sites(taps, step))[:, 0]
 
 
 def prefill(
@@ -93,19 +106,29 @@ def prefill(
     *,
     policy: CachePolicy,
     room: int,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    taps: Sequence[Edit] = (),
+    unit_id: Int[Array, "B T"] | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """The logits after each row's last valid token, and a cache with `room` slots; one compiled layer, run L times.
 
     At any time one layer's uncompressed keys and values are alive, beside what the policy keeps of the others.
+    The keywords are those of `jaxfw.forward`; `key` is one a row, [B].
     """
     ends = {name: params[name] for name in ("embed", "head")}
-    step, x = first_step(lengths, tokens.shape[1]), _embed(config, ends, tokens)
-    x, cache = trunk(config, params, x, step, policy=policy, room=room, run_layer=_layer)
-    assert cache is not None
-    return _last_logits(config, ends, x, lengths), cache
+    step = dataclasses.replace(first_step(lengths, tokens.shape[1]), tokens=tokens, unit_id=unit_id, key=key)
+    x = _embed(config, ends, tokens, step, taps)
+    out = trunk(
+        config, params, x, step, policy=policy, room=room, router=router, experts=experts, taps=taps,
+        run_layer=_layer, run_finish=_finish,
+    )  # fmt: skip
+    assert out.cache is not None
+    return _last_logits(config, ends, out.x, step, taps), out.cache
 
 
-@partial(jax.jit, static_argnames=("config", "policy", "chunk"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "policy", "chunk", "router", "experts"), donate_argnames="state")
 def decode(
     config: DecoderConfig,
     policy: CachePolicy,
@@ -116,6 +139,9 @@ def decode(
     limit: Int[Array, ""],
     *,
     chunk: int = CHUNK,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    taps: Sequence[Edit] = (),
 ) -> tuple[Decoding, Int[Array, "B chunk"]]:
     """Draw up to `limit` <= `chunk` tokens a row, fewer when every row is done. Rows that are done yield -1."""
     B = state.token.shape[0]
@@ -127,7 +153,10 @@ def decode(
     def advance(carry):
         i, state, drawn = carry
         lengths = (~state.is_done).astype(jnp.int32)  # a row that is done writes nothing
-        out = forward(config, params, state.token[:, None], lengths=lengths, policy=policy, cache=state.cache)
+        out = forward(
+            config, params, state.token[:, None], lengths=lengths, policy=policy, cache=state.cache, router=router,
+            experts=experts, taps=taps, key=fold(state.keys, CACHE_STREAM),
+        )  # fmt: skip
         assert out.cache is not None
         token, is_stop, is_finite = _draw(out.logits[:, 0], sampling, state.keys, state.step, stop_ids)
         drawn = drawn.at[:, i].set(jnp.where(state.is_done, -1, token))
@@ -162,6 +191,9 @@ def generate(
     key: PRNGKeyArray | None = None,
     policy: CachePolicy | None = None,
     room: int | None = None,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    taps: Sequence[Edit] = (),
     on_tokens: Callable[[Int[np.ndarray, "B n"]], None] | None = None,
 ) -> Generation:
     """Continue each prompt by up to `max_new_tokens` tokens.
@@ -178,10 +210,14 @@ def generate(
         room: slots of the cache, at least prompt + new. Calls with equal `room` and batch size share one compiled
             decode loop, and one compiled prefill for each bucket of prompts. None takes `default_room`, a function
             of the longest prompt's bucket and `max_new_tokens`; give one `room` to share the loop between buckets.
+        router: who decides which experts a token goes to; None is the config's.
+        experts: who runs them; None is `Sorted()`.
+        taps: edits of the prompt and of every new token, by true positions (steering, ablation).
         on_tokens: called on the host with each chunk of new ids; -1 where a row is done.
 
     Raises:
-        InputError: an empty prompt, an id outside the vocabulary, or more tokens than positions or `room`.
+        InputError: an empty prompt, an id outside the vocabulary, more tokens than positions or `room`, a tap that is
+            no edit or does not fit.
         RunError: logits that are not finite.
     """
     sampling, policy = sampling or Sampling(), policy or FullCache()
@@ -192,17 +228,23 @@ def generate(
     if room < needed:
         raise InputError(f"room={room} is below prompt + new tokens = {longest} + {max_new_tokens}: raise room.")
     tokens, lengths = _pack(prompts, bucket(longest))
-    keys, stop = _row_keys(key, len(prompts)), _padded_stop_ids(stop_ids)
+    _check_taps(config, taps, len(prompts))
+    # A copy: the decode loop donates what it is given.
+    keys = jnp.copy(row_keys(jax.random.key(0) if key is None else key, len(prompts)))
+    stop, mixture = _padded_stop_ids(stop_ids), {"router": router, "experts": experts, "taps": tuple(taps)}
 
     started = time.perf_counter()
-    logits, cache = prefill(config, params, tokens, lengths, policy=policy, room=max(room, tokens.shape[1]))
+    logits, cache = prefill(
+        config, params, tokens, lengths, policy=policy, room=max(room, tokens.shape[1]),
+        key=_cache_keys(keys), **mixture,
+    )  # fmt: skip
     token, is_done, is_finite = _draw(logits, sampling, keys, jnp.int32(0), stop)
     state, drawn = Decoding(cache, token, is_done, is_finite, keys, jnp.int32(1)), 1
     chunks = [_taken(state, token[:, None], 1, on_tokens)]
     prefilled = time.perf_counter()
     while drawn < max_new_tokens and not bool(jnp.all(state.is_done)):
         limit = min(CHUNK, max_new_tokens - drawn)
-        state, ids = decode(config, policy, params, state, sampling, stop, jnp.int32(limit))
+        state, ids = decode(config, policy, params, state, sampling, stop, jnp.int32(limit), **mixture)
         chunks.append(_taken(state, ids, limit, on_tokens))
         drawn += limit
     rows = tuple(tuple(int(id_) for id_ in row if id_ >= 0) for row in np.concatenate(chunks, axis=1))
@@ -218,17 +260,15 @@ def _pack(prompts: Sequence[Sequence[int]], T: int) -> tuple[Int[Array, "B T"], 
     return jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
-_fold_rows = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
+_cache_keys = jax.jit(lambda keys: fold(keys, CACHE_STREAM))
 
 
-def _row_keys(key: PRNGKeyArray | None, B: int) -> PRNGKeyArray:
-    if key is None:
-        key = jax.random.key(0)
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.shape not in ((), (B,)):
-        raise InputError(f"key={key!r} must be a random key such as jax.random.key(0), or one for each of {B} rows.")
-    # A copy: the decode loop donates what it is given.
-    return jnp.copy(key) if key.shape else _fold_rows(key, jnp.arange(B))
+def _check_taps(config: DecoderConfig, taps: Sequence[Edit], B: int) -> None:
+    """Edits that hold for prompts of any length and for single tokens: values without an axis of T."""
+    for i, tap in enumerate(taps):
+        if not isinstance(tap, Edit):
+            raise InputError(f"taps[{i}]={tap!r:.80} must be an Edit: what generation returns is tokens.")
+    validate(config, taps, B, 1)
 
 
 def _padded_stop_ids(stop_ids: Sequence[int]) -> Int[Array, "n"]:

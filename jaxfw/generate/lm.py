@@ -22,7 +22,9 @@ from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.data.chat import Message
 from jaxfw.data.tokenizer import TOKENIZER, TextStream, Tokenizer, load_tokenizer
 from jaxfw.generate import engine
-from jaxfw.models import DecoderConfig, embed, first_step, head, trunk
+from jaxfw.models import DecoderConfig, Edit, embed, first_step, head, trunk
+from jaxfw.models.cache import CachePolicy
+from jaxfw.models.routing import Experts
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.ops.sampling import Sampling
 from jaxfw.weights.tensors import read_json
@@ -69,6 +71,9 @@ class LM:
         min_p: float | None = None,
         key: PRNGKeyArray | None = None,
         room: int | None = None,
+        policy: CachePolicy | None = None,
+        experts: Experts | None = None,
+        taps: Sequence[Edit] = (),
         on_text: OnText | None = None,
     ) -> Texts:
         """Continue a text, or each of a list, up to a stop token (which is not part of the result).
@@ -83,13 +88,17 @@ class LM:
             key: the random key; None is `jax.random.key(0)`. Row b depends on the key and b, not on the other rows.
             room: slots of the cache. Calls with one batch size and one `room` share a compiled decode loop, whatever
                 their prompts; None takes what the longest prompt's bucket and `max_new_tokens` need.
+            policy: what the cache keeps (`jaxfw.models.cache`); None keeps everything.
+            experts: who runs a mixture's experts (`jaxfw.models.routing`); None is `Sorted()`.
+            taps: edits of what passes inside of the model (`jaxfw.models.taps`).
             on_text: called as `on_text(row, piece)` while the text grows. A row's pieces join to its result.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.tokenizer.encode(text) for text in _texts(texts, "prompts")]
         streams = [TextStream(self.tokenizer, before=row) for row in ids]
         sampling = _sampling(temperature, top_k, top_p, min_p)
-        out: Any = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text)
+        values = {"policy": policy, "experts": experts, "taps": taps}
+        out: Any = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text, **values)
         return out[0] if isinstance(prompts, str) else out
 
     def chat(
@@ -104,6 +113,9 @@ class LM:
         min_p: float | None = None,
         key: PRNGKeyArray | None = None,
         room: int | None = None,
+        policy: CachePolicy | None = None,
+        experts: Experts | None = None,
+        taps: Sequence[Edit] = (),
         on_text: OnText | None = None,
     ) -> Any:
         """The assistant's next words in a conversation: a str; for a list of conversations, a list of them.
@@ -117,10 +129,11 @@ class LM:
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         streams = [TextStream(self.tokenizer) for _ in ids]
         sampling = _sampling(temperature, top_k, top_p, min_p)
-        out = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text)
+        values = {"policy": policy, "experts": experts, "taps": taps}
+        out = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text, **values)
         return out if is_many else out[0]
 
-    def _continue(self, prompts, streams, max_new_tokens, sampling, key, room, on_text) -> list[str]:
+    def _continue(self, prompts, streams, max_new_tokens, sampling, key, room, on_text, **values) -> list[str]:
         texts = ["" for _ in prompts]
 
         def emit(row: int, piece: str) -> None:
@@ -136,7 +149,7 @@ class LM:
 
         engine.generate(
             self.config, self.params, prompts, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids,
-            sampling=sampling, key=key, room=room, on_tokens=take,
+            sampling=sampling, key=key, room=room, on_tokens=take, **values,
         )  # fmt: skip
         for row, stream in enumerate(streams):
             emit(row, stream.finish())
@@ -240,7 +253,7 @@ def logprobs(
     Entries from a row's length on mean nothing. The logits of a block of tokens at a time are alive, never all.
     """
     B, T = tokens.shape
-    x, _ = trunk(config, params, embed(config, params, tokens), first_step(lengths, T))
+    x = trunk(config, params, embed(config, params, tokens), first_step(lengths, T)).x
     block = min(T, max(1, LOGIT_TOKENS // B))
     blocks = -(-T // block)
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, blocks * block - T + 1))).reshape(B, blocks, block)

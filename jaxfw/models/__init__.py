@@ -1,22 +1,27 @@
-"""One decoder body, its caches, and the model families as thin translations of published configurations."""
+"""One decoder body, its caches, routers, experts and taps, and the model families as thin translations of configs."""
 
 from jaxfw.models.decoder import (
-    Output,
+    LayerOutput,
     attend_half,
     attention_spec,
+    default_router,
     embed,
     first_step,
-    forward,
     head,
     init,
     layer,
     mlp_half,
-    trunk,
+    route,
+    run_experts,
 )
-from jaxfw.nn.config import DecoderConfig
+from jaxfw.models.stacked import stack_layers, unstack_layers
+from jaxfw.models.taps import Collect, Edit, Moment
+from jaxfw.models.whole import Output, forward, trunk
+from jaxfw.nn.config import DecoderConfig, MoEConfig
 from jaxfw.ops.rope import Rope
 
 __all__ = [
-    "DecoderConfig", "Output", "Rope", "attend_half", "attention_spec", "embed", "first_step", "forward", "head",
-    "init", "layer", "mlp_half", "trunk",
+    "Collect", "DecoderConfig", "Edit", "LayerOutput", "MoEConfig", "Moment", "Output", "Rope", "attend_half",
+    "attention_spec", "default_router", "embed", "first_step", "forward", "head", "init", "layer", "mlp_half", "route",
+    "run_experts", "stack_layers", "trunk", "unstack_layers",
 ]  # fmt: skip

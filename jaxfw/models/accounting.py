@@ -1,7 +1,8 @@
 """Parameters and floating-point operations of a decoder, from its config alone.
 
 A multiplication and an addition count as two operations. Causal attention counts half of its square; embedding
-lookups, norms, softmax and recomputation count nothing (the convention behind model FLOP utilisation).
+lookups, norms, softmax and recomputation count nothing (the convention behind model FLOP utilisation). Of a mixture,
+the experts that a token is sent to count, and the router.
 """
 
 import jax
@@ -30,6 +31,11 @@ def forward_flops(config: DecoderConfig, *, batch: int, length: int) -> int:
     14.29
     """
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    weights = config.layers * (attention + 3 * config.width * config.ffn) + config.vocab * config.width
+    moe = config.moe
+    sparse = sum(moe.is_in(i) for i in range(config.layers)) if moe else 0
+    weights = config.layers * attention + (config.layers - sparse) * 3 * config.width * config.ffn
+    if moe:
+        weights += sparse * config.width * (3 * moe.ffn * moe.per_token + moe.experts)
+    weights += config.vocab * config.width
     scores = config.layers * 2 * config.heads * config.head_dim * length // 2
     return 2 * batch * length * (weights + scores)

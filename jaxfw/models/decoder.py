@@ -1,7 +1,9 @@
-"""One decoder, two ways to run it: `forward` in one go, or `embed`, `layer`, `head` driven part by part.
+"""The parts of a decoder: `embed`, `layer` (`attend_half`, then `mlp_half`), `head`.
 
-All are pure functions `(config, params, ...)`; parameters are plain nested dicts, a key per layer (`layers_0`, ...).
-The whole is the plain composition of the parts.
+The second half of a layer is dense, or `route` and `run_experts`. All are pure functions `(config, params, ...)`;
+parameters are plain nested dicts, a key per layer (`layers_0`, ...).
+What varies comes as values: a cache policy, a router and the function that runs experts, taps. `jaxfw.models.whole`
+composes the parts.
 """
 
 import dataclasses
@@ -12,30 +14,51 @@ import jax
 import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
+from jaxfw.core.mesh import BATCH_AXES, constrain
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models.cache.policy import QKV, AttentionSpec, Cache, CachePolicy, Step
+from jaxfw.models import taps as tap
+from jaxfw.models.cache.policy import QKV, AttentionSpec, CachePolicy, Step
+from jaxfw.models.routing import Experts, ExpertStats, RouteContext, Router, RouterAux, Sorted, TokenChoice, TokenRoute
+from jaxfw.models.taps import Sites, Taps
 from jaxfw.nn.config import DecoderConfig
 from jaxfw.nn.layers import Block, Decoder, Embedding, Head
 from jaxfw.ops.attention import attend
+from jaxfw.ops.attention_rows import attention_lse
 from jaxfw.ops.rope import rotate, rotation
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Output:
-    """What a forward returns: logits in the compute dtype, and the cache after these tokens (None without one)."""
+class LayerOutput:
+    """What a layer, or a half of it, returns: the residual stream, and what was asked for beside it.
 
-    logits: Float[Array, "B T V"]
-    cache: Cache | None
+    `state` is the cache's state of this layer; `losses`, `metrics` and `router_state` are its router's and experts',
+    empty or None in a dense layer; `collected` is what taps hold so far.
+    """
+
+    x: Float[Array, "B T D"]
+    state: Any = None
+    losses: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
+    router_state: PyTree | None = None
+    collected: tuple[Any, ...] = ()
 
 
-def init(config: DecoderConfig, key: PRNGKeyArray) -> PyTree:
-    """Fresh parameters: normal(init_std) matrices, unit norms, zero biases. Works under `jax.eval_shape`."""
+def default_router(config: DecoderConfig) -> Router | None:
+    """Softmax over the chosen `per_token` experts; None for a dense model."""
+    return None if config.moe is None else TokenChoice(config.moe.per_token, renormalize=config.moe.per_token > 1)
+
+
+def init(config: DecoderConfig, key: PRNGKeyArray, *, router: Router | None = None) -> PyTree:
+    """Fresh parameters: normal(init_std) matrices, unit norms, zero biases. Works under `jax.eval_shape`.
+
+    A router declares its own; None is `default_router`.
+    """
 
     def mix(q, k, v, hidden, w_o):
         return q, None
 
-    return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), mix)["params"]
+    return Decoder(config, router or default_router(config)).init(key, jnp.zeros((1, 1), jnp.int32), mix)["params"]
 
 
 def _apply(module: Any, params: PyTree, *arguments: Any, method: str | None = None) -> Any:
@@ -44,18 +67,36 @@ def _apply(module: Any, params: PyTree, *arguments: Any, method: str | None = No
 
 def attention_spec(config: DecoderConfig) -> AttentionSpec:
     """The static description of every layer's attention."""
-    return AttentionSpec(config.kv_heads, config.head_dim, config.head_dim**-0.5, config.rope, config.softmax_dtype)
+    return AttentionSpec(
+        config.kv_heads, config.head_dim, config.head_dim**-0.5, config.rope, config.softmax_dtype, config.window
+    )
 
 
-def embed(config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer; `params` is the whole tree."""
-    return _apply(Embedding(config), params["embed"], tokens)
+SiteFn = Callable[[str, Array], Array]
 
 
-def head(config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Logits from the residual stream after the last layer; `params` is the whole tree."""
+def _no_sites(site: str, x: Array) -> Array:
+    return x
+
+
+def embed(
+    config: DecoderConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    *,
+    sites: SiteFn = _no_sites,
+) -> Float[Array, "B T D"]:
+    """The residual stream before the first layer; `params` is the whole tree, `sites` a `Sites` for taps."""
+    x = sites("embed", _apply(Embedding(config), params["embed"], tokens))
+    return constrain(x, BATCH_AXES, None, None)
+
+
+def head(
+    config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"], *, sites: SiteFn = _no_sites
+) -> Float[Array, "B T V"]:
+    """Logits from the residual stream after the last layer; `params` is the whole tree, `sites` a `Sites` for taps."""
     table = params["embed"]["embedding"] if config.tie_embeddings else None
-    return _apply(Head(config), params["head"], x, table)
+    return constrain(_apply(Head(config), params["head"], x, table, sites), BATCH_AXES, None, "tensor")
 
 
 def attend_half(
@@ -68,106 +109,148 @@ def attend_half(
     state: Any = None,
     room: int = 0,
     previous: Any = None,
-) -> tuple[Float[Array, "B T D"], Any]:
+    shared: PyTree | None = None,
+    write: bool = True,
+    taps: Taps = (),
+    collected: tuple[Any, ...] = (),
+) -> LayerOutput:
     """The attention half of a layer; `params` is that layer's tree.
 
     Without a `policy`, causal attention among these tokens. With one and no `state`, the prefill of a cache with `room`
     slots. With both, the tokens extend the state.
     """
-    spec = attention_spec(config)
+    spec, sites = attention_spec(config), Sites(taps, step, collected)
+    x = sites("resid/in", x)
 
     def mix(q_pre, k_pre, v, hidden, w_o):
+        q_pre, k_pre = sites("attn/q_pre", q_pre), sites("attn/k_pre", k_pre)
         cos, sin = rotation(
             config.rope, step.positions, width=config.head_dim, seq_len=step.positions[:, 0] + step.lengths
         )
-        q, k = rotate(q_pre, cos, sin), rotate(k_pre, cos, sin)
+        q, k = sites("attn/q", rotate(q_pre, cos, sin)), sites("attn/k", rotate(k_pre, cos, sin))
+        q, k, v = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (q, k, sites("attn/v", v)))
         if policy is None:
             keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-            dtype = jnp.dtype(spec.softmax_dtype)
-            return attend(q, keys, values, scale=spec.scale, softmax_dtype=dtype), None
-        qkv = QKV(q, k, v, q_pre, k_pre, hidden, w_o)
-        if state is None:
-            return policy.prefill(qkv, step, spec=spec, room=room, previous=previous)
-        return policy.extend(state, qkv, step, spec=spec, previous=previous)
+            heads, new = attend(q, keys, values, **spec.options), None
+            if tap.wants(taps, "attn/lse"):
+                sites("attn/lse", attention_lse(q, keys, scale=spec.scale, window=spec.window))
+        else:
+            qkv = QKV(q, k, v, q_pre, k_pre, hidden, w_o)
+            if state is None:
+                heads, new = policy.prefill(qkv, step, spec=spec, room=room, previous=previous)
+            else:
+                heads, new = policy.extend(state, qkv, step, spec=spec, previous=previous, shared=shared, write=write)
+                _check_state(policy, state, new)
+        return sites("attn/head_out", heads), new
 
-    return _apply(Block(config), params, x, mix, method="attend_half")
+    x, new = _apply(Block(config), params, x, mix, sites, method="attend_half")
+    return LayerOutput(constrain(x, BATCH_AXES, None, None), new, collected=tuple(sites.collected))
 
 
-def mlp_half(config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The feed-forward half of a layer; `params` is that layer's tree."""
-    return _apply(Block(config), params, x, method="mlp_half")
+def _check_state(policy: CachePolicy, before: Any, after: Any) -> None:
+    def forms(state):
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        return tree, {jax.tree_util.keystr(path): (tuple(x.shape), str(x.dtype)) for path, x in leaves}
+
+    (tree, given), (new_tree, found) = forms(before), forms(after)
+    if tree != new_tree or given != found:
+        changed = [f"{name} {form} became {found.get(name)}" for name, form in given.items() if found.get(name) != form]
+        raise InputError(
+            f"{policy!r}.extend must return the tree, shapes and dtypes of the state that it was given, since a loop "
+            f"carries it: {'; '.join(changed) or f'{tree} became {new_tree}'}."
+        )
+
+
+def route(
+    config: DecoderConfig, params: PyTree, hidden: Float[Array, "B T D"], context: RouteContext, *, router: Router
+) -> tuple[Any, RouterAux]:
+    """Which experts a layer's tokens go to; `params` is that layer's tree, `hidden` its normalised residual."""
+    return router(params["moe"]["router"], hidden, context)
+
+
+def run_experts(
+    config: DecoderConfig,
+    params: PyTree,
+    hidden: Float[Array, "B T D"],
+    route: Any,
+    context: RouteContext,
+    *,
+    experts: Experts,
+) -> tuple[Float[Array, "B T D"], ExpertStats]:
+    """What a layer's experts add to the residual; `params` is that layer's tree."""
+    return experts(params["moe"]["experts"], hidden, route, context)
+
+
+def mlp_half(
+    config: DecoderConfig,
+    params: PyTree,
+    x: Float[Array, "B T D"],
+    step: Step,
+    *,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    router_state: PyTree | None = None,
+    taps: Taps = (),
+    collected: tuple[Any, ...] = (),
+) -> LayerOutput:
+    """The feed-forward half of a layer, dense or `route` and `run_experts`; `params` is that layer's tree.
+
+    None is `default_router` and the sorted experts.
+    """
+    sites = Sites(taps, step, collected)
+    x = sites("resid/mid", x)
+    if "moe" not in params:
+        x = sites("resid/out", _apply(Block(config), params, x, sites, method="mlp_half"))
+        return LayerOutput(constrain(x, BATCH_AXES, None, None), collected=tuple(sites.collected))
+    router, experts = router or default_router(config), experts or Sorted()
+    assert router is not None
+    hidden = _apply(Block(config, router), params, x, sites, method="mlp_input")
+    context = RouteContext(step.valid, jnp.asarray(step.layer), step.tokens, step.key, router_state)
+    chosen, aux = route(config, params, hidden, context, router=router)
+    sites("moe/probs", aux.probs)
+    if isinstance(chosen, TokenRoute):
+        sites("moe/ids", chosen.ids)
+    elif tap.wants(taps, "moe/ids"):
+        raise InputError(
+            f"site 'moe/ids' needs a router by which tokens choose: {router!r} gives {type(chosen).__name__}."
+        )
+    out, stats = run_experts(config, params, hidden, chosen, context, experts=experts)
+    x = sites("resid/out", x + sites("mlp/out", out))
+    return LayerOutput(
+        constrain(x, BATCH_AXES, None, None), None, aux.losses, _expert_metrics(aux, stats), aux.state,
+        tuple(sites.collected),
+    )  # fmt: skip
+
+
+def _expert_metrics(aux: RouterAux, stats: ExpertStats) -> dict[str, Array]:
+    share = stats.dropped / jnp.maximum(stats.kept + stats.dropped, 1)
+    dead = jnp.sum(aux.load == 0, dtype=jnp.float32)
+    return {"dropped": share, "max_load": stats.max_load, "dead": dead, "load": aux.load}
 
 
 def layer(
-    config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"], step: Step, **cache: Any
-) -> tuple[Float[Array, "B T D"], Any]:
+    config: DecoderConfig,
+    params: PyTree,
+    x: Float[Array, "B T D"],
+    step: Step,
+    *,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    router_state: PyTree | None = None,
+    taps: Taps = (),
+    collected: tuple[Any, ...] = (),
+    **cache: Any,
+) -> LayerOutput:
     """One layer: `attend_half` (with its keywords), then `mlp_half`; `params` is that layer's tree."""
-    x, state = attend_half(config, params, x, step, **cache)
-    return mlp_half(config, params, x), state
+    half = attend_half(config, params, x, step, taps=taps, collected=collected, **cache)
+    out = mlp_half(
+        config, params, half.x, step, router=router, experts=experts, router_state=router_state, taps=taps,
+        collected=half.collected,
+    )  # fmt: skip
+    return dataclasses.replace(out, state=half.state)
 
 
 def first_step(lengths: Int[Array, "B"], T: int) -> Step:
     """The step of a prompt: positions 0..T-1 in every row."""
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (lengths.shape[0], T))
     return Step(positions, lengths, jnp.int32(0))
-
-
-def trunk(
-    config: DecoderConfig,
-    params: PyTree,
-    x: Float[Array, "B T D"],
-    step: Step,
-    *,
-    policy: CachePolicy | None = None,
-    cache: Cache | None = None,
-    room: int | None = None,
-    run_layer: Callable[..., tuple[Array, Any]] | None = None,
-) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """All layers: the residual stream from `embed` to `head`, and with a `policy` the cache after these tokens.
-
-    `run_layer` stands in for `layer`, its jit for instance: then the layers run part by part.
-    """
-    if cache is not None and policy is None:
-        raise InputError("a cache is given without its policy: give the policy that made it, e.g. FullCache().")
-    run_layer, states = run_layer or layer, []
-    for i in range(config.layers):
-        x, state = run_layer(
-            config,
-            params[f"layers_{i}"],
-            x,
-            dataclasses.replace(step, layer=jnp.int32(i)),
-            policy=None if policy is None else policy.at(i),
-            state=None if cache is None else cache.layers[i],
-            room=x.shape[1] if room is None else room,
-            previous=states[-1] if states and policy is not None and policy.reads_previous else None,
-        )
-        states.append(state)
-    if policy is None:
-        return x, None
-    if cache is None:
-        return x, Cache(policy.finish(tuple(states), step))
-    return x, dataclasses.replace(cache, layers=tuple(states))
-
-
-def forward(
-    config: DecoderConfig,
-    params: PyTree,
-    tokens: Int[Array, "B T"],
-    *,
-    lengths: Int[Array, "B"] | None = None,
-    policy: CachePolicy | None = None,
-    cache: Cache | None = None,
-    room: int | None = None,
-) -> Output:
-    """Logits of every token, in one trace.
-
-    Rows are canonical: valid tokens first, `lengths` of them (all, by default); logits beyond a row's length mean
-    nothing. With a `policy`, the result holds a cache: a fresh one with `room` slots (T by default), or the given one
-    extended; that it has room is for the caller to see to, as lengths are known only when this runs.
-    """
-    B, T = tokens.shape
-    step = first_step(jnp.full(B, T, jnp.int32) if lengths is None else lengths, T)
-    if cache is not None:
-        step = dataclasses.replace(step, positions=step.positions + cache.seen[:, None])
-    x, cache = trunk(config, params, embed(config, params, tokens), step, policy=policy, cache=cache, room=room)
-    return Output(head(config, params, x), cache)

@@ -9,12 +9,41 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """A LLaMA-like decoder: RMSNorm, rotary attention with grouped heads, gated SiLU feed-forward.
+class MoEConfig:
+    """Mixture of experts in place of a feed-forward: in layer `first` and every `every`-th from there on.
 
-    `param_dtype` is what parameters are stored in, `dtype` what they are multiplied in, `softmax_dtype` what attention
-    weights are computed in. `positions` is the context length that the checkpoint declares. Frozen and hashable: a
-    static argument of every jitted function.
+    Each of the `experts` is a gated feed-forward of width `ffn`; the default router sends a token to `per_token` of
+    them. A router that looks at later tokens (expert choice, soft) is refused unless `allow_noncausal`.
+    """
+
+    experts: int
+    per_token: int
+    ffn: int
+    first: int = 0
+    every: int = 1
+    allow_noncausal: bool = False
+
+    def __post_init__(self):
+        for name, least in (("experts", 1), ("per_token", 1), ("ffn", 1), ("first", 0), ("every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"model.moe.{name}={value!r} must be a whole number from {least} on.")
+        if self.per_token > self.experts:
+            raise InputError(f"model.moe.per_token={self.per_token} exceeds model.moe.experts={self.experts}.")
+
+    def is_in(self, layer: int) -> bool:
+        """Whether that layer has experts."""
+        return layer >= self.first and (layer - self.first) % self.every == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A LLaMA-like decoder: RMSNorm, rotary attention with grouped heads, gated SiLU feed-forward or experts.
+
+    A token attends to the last `window` positions, its own among them; None is all. `param_dtype` is what parameters
+    are stored in, `dtype` what they are multiplied in, `softmax_dtype` what attention weights are computed in.
+    `positions` is the context length that the checkpoint declares. Frozen and hashable: a static argument of every
+    jitted function.
     """
 
     vocab: int
@@ -32,6 +61,8 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     init_std: float = 0.02
+    window: int | None = None
+    moe: MoEConfig | None = None
     param_dtype: str = "float32"
     dtype: str = "float32"
     softmax_dtype: str = "float32"
@@ -41,6 +72,10 @@ class DecoderConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"model.{name}={value!r} must be a whole number from 1 on.")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise InputError(f"model.window={self.window!r} must be a whole number from 1 on, or None for no window.")
+        if self.moe is not None and self.moe.first >= self.layers:
+            raise InputError(f"model.moe.first={self.moe.first} is beyond the last of {self.layers} layers.")
         if self.heads % self.kv_heads:
             raise InputError(
                 f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}: "

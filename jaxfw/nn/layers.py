@@ -13,6 +13,12 @@ from jaxfw.ops.norms import rms_norm
 
 # (q [B T H d], k [B T K d], v [B T K d], hidden [B T D], w_o [H*d D]) -> (heads [B T H d], anything)
 Mix = Callable[..., tuple[Array, Any]]
+# (site, value) -> value: shows a value under its name in the site table, and goes on with what comes back
+Tap = Callable[[str, Array], Array]
+
+
+def _pass(site: str, x: Array) -> Array:
+    return x
 
 
 class RMSNorm(nn.Module):
@@ -85,31 +91,67 @@ class GatedMLP(nn.Module):
         self.up = _dense(c, c.ffn, c.mlp_bias)
         self.down = _dense(c, c.width, c.mlp_bias)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
         # Gradients recompute the product: kept, its factors would double what a layer holds of [B T F].
         gated = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
-        return self.down(gated(self.gate(x), self.up(x)))
+        return self.down(tap("mlp/key", gated(self.gate(x), self.up(x))))
+
+
+class MoE(nn.Module):
+    """Declares `router`, as the router's own `init` makes it, and `experts`: gate, up [E D F] and down [E F D].
+
+    What they compute is `jaxfw.models.routing`'s: called only to be initialised.
+    """
+
+    config: DecoderConfig
+    router: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c, moe = self.config, self.config.moe
+        assert moe is not None
+        dtype, D, E, F = jnp.dtype(c.param_dtype), c.width, moe.experts, moe.ffn
+        self.param("router", lambda key: self.router.init(key, D, E, std=c.init_std, dtype=dtype))
+        shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+
+        def init_experts(key):
+            keys = jax.random.split(key, len(shapes))
+            draw = nn.initializers.normal(c.init_std)
+            return {name: draw(k, shape, dtype) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+        self.param("experts", init_experts)
+        return x
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind its norm, each added to the residual."""
+    """One layer: attention and feed-forward (or, with a `router`, experts), behind norms, added to the residual."""
 
     config: DecoderConfig
+    router: Any = None
 
     def setup(self):
         self.attn_norm = RMSNorm(self.config)
         self.attn = Attention(self.config)
         self.mlp_norm = RMSNorm(self.config)
-        self.mlp = GatedMLP(self.config)
+        if self.router is None:
+            self.mlp = GatedMLP(self.config)
+        else:
+            self.moe = MoE(self.config, self.router)
 
-    def attend_half(self, x: Float[Array, "B T D"], mix: Mix) -> tuple[Float[Array, "B T D"], Any]:
+    def attend_half(self, x: Float[Array, "B T D"], mix: Mix, tap: Tap = _pass) -> tuple[Float[Array, "B T D"], Any]:
         """The residual after attention, and what `mix` returned beside the heads."""
-        out, state = self.attn(self.attn_norm(x), mix)
-        return x + out, state
+        out, state = self.attn(tap("attn/in", self.attn_norm(x)), mix)
+        return x + tap("attn/out", out), state
 
-    def mlp_half(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def mlp_input(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
+        """The normalised residual that the feed-forward part, or router and experts, read."""
+        return tap("mlp/in", self.mlp_norm(x))
+
+    def mlp_half(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
         """The residual after the feed-forward part."""
-        return x + self.mlp(self.mlp_norm(x))
+        hidden = self.mlp_input(x, tap)
+        out = self.mlp(hidden, tap) if self.router is None else self.moe(hidden)
+        return x + tap("mlp/out", out)
 
     def __call__(self, x: Float[Array, "B T D"], mix: Mix) -> tuple[Float[Array, "B T D"], Any]:
         x, state = self.attend_half(x, mix)
@@ -135,8 +177,10 @@ class Head(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], table: Float[Array, "V D"] | None) -> Float[Array, "B T V"]:
-        x = RMSNorm(self.config, name="norm")(x)
+    def __call__(
+        self, x: Float[Array, "B T D"], table: Float[Array, "V D"] | None, tap: Tap = _pass
+    ) -> Float[Array, "B T V"]:
+        x = tap("final", RMSNorm(self.config, name="norm")(x))
         if table is None:
             c = self.config
             init = nn.initializers.normal(c.init_std)
@@ -145,13 +189,20 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All parts under their names: declares every parameter of a model (`jaxfw.models.init`), bridges to NNX."""
+    """All parts under their names: declares every parameter of a model (`jaxfw.models.init`), bridges to NNX.
+
+    `router` has the `init` of a `jaxfw.models.routing.Router`; needed for layers with experts.
+    """
 
     config: DecoderConfig
+    router: Any = None
 
     def setup(self):
+        moe = self.config.moe
         self.embed = Embedding(self.config)
-        self.layers = [Block(self.config) for _ in range(self.config.layers)]
+        self.layers = [
+            Block(self.config, self.router if moe and moe.is_in(i) else None) for i in range(self.config.layers)
+        ]
         self.head = Head(self.config)
 
     def __call__(self, tokens: Int[Array, "B T"], mix: Mix) -> Float[Array, "B T V"]:

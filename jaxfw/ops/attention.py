@@ -1,4 +1,4 @@
-"""Softmax attention with grouped query heads, in plain XLA.
+"""Softmax attention with grouped query heads, in plain XLA, and by cuDNN for prompts on a GPU that has it.
 
 Queries of one key head are laid side by side, so that each key head is one matrix product of [G T, d] with [d, S]:
 keys and values are never repeated. Prompts are cut into query blocks that see only the keys before their end, which
@@ -8,10 +8,12 @@ Weights are normalised after they have met the values, on [T, d] instead of [T, 
 softmax's sum over keys into one over d (as in FlashAttention, arXiv:2205.14135, appendix B.4).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxfw.core.errors import InputError
+from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.shapes import Array, Float, Int
 
 SMALLEST_BLOCK, LARGEST_BLOCK, BLOCKS = 128, 512, 8
@@ -25,39 +27,66 @@ def attend(
     positions: Int[Array, "B T"] | None = None,
     scale: float,
     softmax_dtype=jnp.float32,
+    window: int | None = None,
+    impl: str | None = None,
 ) -> Float[Array, "B T H d"]:
     """Attention of each query to the keys at or before its position, H a multiple of K.
 
     With `positions` None the queries are the keys' own tokens (T = S). Otherwise key slot s holds position s of its
-    row, and a query at position p reads the slots 0..p; slots beyond hold nothing and are ignored.
+    row, and a query at position p reads the slots 0..p; slots beyond hold nothing and are ignored. With a `window`, a
+    query reads its last `window` positions only.
+
+    Without positions, `impl` may be "cudnn" or "xla"; None takes cuDNN where the program is lowered for CUDA and cuDNN
+    can do it (half precision, d up to 128), whatever the machine that lowers it.
+
+    Raises:
+        InputError: H is no multiple of K; an `impl` that is unknown, or that cannot run, with the reason.
     """
     B, T, H, d = q.shape
     K, S = k.shape[1:3]
     if H % K:
         raise InputError(f"expected q[B,T,H,d] with H a multiple of K: got H={H}, K={K}.")
     if positions is not None:
-        return _attend_block(q, k, v, positions, scale, softmax_dtype)
+        return _attend_block(q, k, v, positions, scale, softmax_dtype, window)
     if T != S:
         raise InputError(f"expected as many queries as keys without positions: got T={T}, S={S}.")
+    if impl not in (None, "cudnn", "xla"):
+        raise unknown("attention impl", impl, ("cudnn", "xla"))
+    reason = "it is not asked for" if impl == "xla" else _cudnn_reason(q.shape, K, str(q.dtype), softmax_dtype)
+    if impl == "cudnn" and reason:
+        raise InputError(f"attention impl='cudnn' cannot run: {reason}. Leave impl out to take XLA's.")
+    if reason:
+        return _attend_causal(q, k, v, scale, softmax_dtype, window)
+    return _attend_on_platform(q, k, v, scale, softmax_dtype, window)
+
+
+def _attend_causal(q, k, v, scale, softmax_dtype, window):
+    """Causal attention among the keys' own tokens, a block of queries at a time."""
+    T = q.shape[1]
     # Gradients recompute a block's weights: kept, they would be [B H T S] in every layer.
-    block = jax.checkpoint(_attend_block, static_argnums=(4, 5))
+    block = jax.checkpoint(_attend_block, static_argnums=(4, 5, 6, 7))
     size = min(max(T // BLOCKS, SMALLEST_BLOCK), LARGEST_BLOCK)
     outs = []
     for start in range(0, T, size):
         end = min(start + size, T)
+        first = 0 if window is None else max(0, start - window + 1)
         positions = jnp.arange(start, end)[None, :]
-        outs.append(block(q[:, start:end], k[:, :, :end], v[:, :, :end], positions, scale, softmax_dtype))
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        outs.append(block(q[:, start:end], keys, values, positions, scale, softmax_dtype, window, first))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
-def _attend_block(q, k, v, positions, scale, softmax_dtype):
-    """Attention with key slot s visible to a query at position p when s <= p; `positions` is [B T] or [1 T]."""
+def _attend_block(q, k, v, positions, scale, softmax_dtype, window=None, first=0):
+    """Attention with key slot s, at position first + s, visible to a query at position p when it is at most p, and
+    within its window; `positions` is [B T] or [1 T].
+    """
     B, T, H, d = q.shape
     K, S = k.shape[1:3]
     G = H // K
     grouped = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     logits = jnp.einsum("BKMd,BKSd->BKMS", grouped, k, preferred_element_type=softmax_dtype) * scale
-    visible = jnp.arange(S)[None, None, :] <= positions[:, :, None]
+    slots, positions = first + jnp.arange(S)[None, None, :], positions[:, :, None]
+    visible = slots <= positions if window is None else (slots <= positions) & (slots > positions - window)
     logits = jnp.where(visible[:, None, None], logits.reshape(B, K, G, T, S), jnp.finfo(softmax_dtype).min)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - largest)
@@ -66,3 +95,55 @@ def _attend_block(q, k, v, positions, scale, softmax_dtype):
     out = jnp.einsum("BKMS,BKSd->BKMd", weights, v, preferred_element_type=softmax_dtype) / total
     out = out.astype(v.dtype).reshape(B, K, G, T, d)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+def _attend_cudnn(q, k, v, scale, window):
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _cudnn_reason(shape: tuple[int, ...], K: int, dtype: str, softmax_dtype) -> str | None:
+    """Why cuDNN cannot do this, or None: found by asking jax for the very call, on shapes alone."""
+    if jnp.dtype(softmax_dtype) != jnp.float32:
+        return f"its softmax is in float32, not {jnp.dtype(softmax_dtype).name}"
+    B, T, H, d = shape
+    q, keys = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((B, K, T, d), dtype)
+    try:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            jax.eval_shape(lambda q, k, v: _attend_cudnn(q, k, v, 1.0, None), q, keys, keys)
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        return f"{error} (q {list(shape)} {dtype})"
+    return None
+
+
+# Each branch takes its own gradient. Differentiated from outside, the choice between platforms would keep what the
+# gradients of all of them need.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend_on_platform(q, k, v, scale, softmax_dtype, window):
+    return jax.lax.platform_dependent(
+        q, k, v,
+        cuda=lambda q, k, v: _attend_cudnn(q, k, v, scale, window),
+        default=lambda q, k, v: _attend_causal(q, k, v, scale, softmax_dtype, window),
+    )  # fmt: skip
+
+
+def _forward_on_platform(q, k, v, scale, softmax_dtype, window):
+    return _attend_on_platform(q, k, v, scale, softmax_dtype, window), (q, k, v)
+
+
+def _backward_on_platform(scale, softmax_dtype, window, residuals, gradient):
+    def backward(attend):
+        return lambda q, k, v, gradient: jax.vjp(attend, q, k, v)[1](gradient)
+
+    return jax.lax.platform_dependent(
+        *residuals, gradient,
+        cuda=backward(lambda q, k, v: _attend_cudnn(q, k, v, scale, window)),
+        default=backward(lambda q, k, v: _attend_causal(q, k, v, scale, softmax_dtype, window)),
+    )  # fmt: skip
+
+
+_attend_on_platform.defvjp(_forward_on_platform, _backward_on_platform)

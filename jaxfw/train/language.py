@@ -8,22 +8,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfw.core.errors import unknown
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models import DecoderConfig, forward
+from jaxfw.models import DecoderConfig, Output, forward
+from jaxfw.models.routing import Experts, Router
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.train.step import Aux
+
+ROUTERS = "routers"  # where a training state keeps the routers' own
 
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
-    """Mean negative log-likelihood in nats of every token but the first of each window; a `LossFn`."""
+    """Mean negative log-likelihood in nats of every token but the first of each window; a `LossFn`.
+
+    A model with experts adds `weight` x the mean over its layers of each router loss in `router_losses`, pairs of name
+    and weight such as ("balance", 0.01), and logs all of them and the experts' metrics as means over layers.
+    """
 
     config: DecoderConfig
+    router: Router | None = None
+    experts: Experts | None = None
+    router_losses: tuple[tuple[str, float], ...] = ()
 
     def __call__(
         self, params: PyTree, batch: dict[str, Int[Array, "B T+1"]], key: PRNGKeyArray, *, state: PyTree
     ) -> tuple[Float[Array, ""], Aux]:
-        return -jnp.mean(_log_probs(self.config, params, batch["tokens"])), Aux({}, state)
+        tokens = batch["tokens"]
+        out = forward(
+            self.config, params, tokens[:, :-1], router=self.router, experts=self.experts, state=state.get(ROUTERS),
+            key=key,
+        )  # fmt: skip
+        nll = -jnp.mean(token_log_probs(out.logits, tokens[:, 1:]))
+        losses = {name: jnp.mean(value) for name, value in out.losses.items()}
+        for name, weight in self.router_losses:
+            if name not in losses:
+                raise unknown("router_losses", name, losses)
+            nll += weight * losses[name]
+        state = state | {ROUTERS: out.state} if out.state else state
+        return nll, Aux(_metrics(losses, out), state)
+
+
+def _metrics(losses: dict[str, Array], out: Output) -> dict[str, Float[Array, ""]]:
+    means = {name: jnp.mean(value) for name, value in out.metrics.items() if name != "load"}
+    return {f"router/{name}": value for name, value in (losses | means).items()}
 
 
 def _log_probs(config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxfw.core.shapes import Array, Float, Int
-from jaxfw.models.cache.policy import QKV, AttentionSpec, Step
+from jaxfw.models.cache.policy import QKV, AttentionSpec, Cache, Step
 from jaxfw.ops.attention import attend
+from jaxfw.ops.slots import attend_first, write_slots
 
 
 @jax.tree_util.register_dataclass
@@ -45,34 +46,27 @@ class FullCache:
     def prefill(self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous=None):
         """Causal attention over the prompt; its keys and values go into a buffer of `room` slots."""
         k, v = (jnp.swapaxes(x, 1, 2) for x in (qkv.k, qkv.v))
-        out = attend(qkv.q, k, v, scale=spec.scale, softmax_dtype=jnp.dtype(spec.softmax_dtype))
+        out = attend(qkv.q, k, v, **spec.options)
         spare = ((0, 0), (0, 0), (0, room - k.shape[2]), (0, 0))
         return out, FullState(jnp.pad(k, spare), jnp.pad(v, spare), step.lengths)
 
-    def extend(self, state: FullState, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, write=True):
+    def extend(
+        self, state: FullState, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, shared=None, write=True
+    ):
         """Write the new tokens behind the seen ones, then attend to all of them."""
-        k, v = _write(state.k, qkv.k, state.seen), _write(state.v, qkv.v, state.seen)
-        out = attend(
-            qkv.q, k, v, positions=step.positions, scale=spec.scale, softmax_dtype=jnp.dtype(spec.softmax_dtype)
-        )
-        return out, FullState(k, v, state.seen + step.lengths) if write else state
+        k, v = (append(held, new, state.seen) for held, new in ((state.k, qkv.k), (state.v, qkv.v)))
+        seen = state.seen + step.lengths
+        if qkv.k.shape[1] == 1:
+            out = attend_first(qkv.q, k, v, seen, **spec.options)
+        else:
+            out = attend(qkv.q, k, v, positions=step.positions, **spec.options)
+        return out, FullState(k, v, seen) if write else state
 
-    def finish(self, states: tuple[FullState, ...], step: Step) -> tuple[FullState, ...]:
+    def finish(self, states: tuple[FullState, ...], step: Step) -> Cache:
         """Nothing to settle between layers."""
-        return states
-
-    def rows(self, state: FullState, index: Int[Array, "B2"]) -> FullState:
-        """Gather rows."""
-        return jax.tree.map(lambda x: jnp.take(x, index, axis=0), state)
+        return Cache(states)
 
 
-def _write(slots: Float[Array, "B K S d"], new: Float[Array, "B T K d"], start: Int[Array, "B"]) -> Array:
-    """`new` in the slots from `start` on, each row at its own; what would lie beyond S is dropped.
-
-    One index a head and token: a single `dynamic_update_slice` (one row, one token) is duplicated into its readers by
-    XLA's CPU fusion, and every step of a decode loop then copies the whole buffer four times.
-    """
-    B, T, K, _ = new.shape
-    rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[:, None]
-    at = start[:, None, None] + jnp.arange(T)
-    return slots.at[rows, heads, at].set(jnp.swapaxes(new, 1, 2).astype(slots.dtype), unique_indices=True)
+def append(slots: Float[Array, "B K S *d"], new: Float[Array, "B T K *d"], seen: Int[Array, "B"]) -> Array:
+    """`new` in the slots from `seen` on, each row at its own; what would lie beyond S is dropped."""
+    return write_slots(slots, jnp.swapaxes(new, 1, 2), seen[:, None, None] + jnp.arange(new.shape[1]))

@@ -3,14 +3,18 @@
 A policy is static (frozen, hashable, no arrays); a state is a pytree, one per layer. `prefill` sees a whole prompt and
 returns the first state; `extend` adds tokens to a state and keeps its tree and shapes, so that a decode loop can carry
 it. Rows are canonical: each row's valid tokens come first, `Step.lengths` says how many.
+
+Every array of a state leads with the batch axis, and one of three axes or more has its key heads second: that is how
+rows are taken and how states are laid out on a mesh, whatever the policy.
 """
 
 import dataclasses
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxfw.core.shapes import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.ops.rope import Rope
 
 State = Any  # a pytree; each policy has its own
@@ -18,13 +22,25 @@ State = Any  # a pytree; each policy has its own
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is static about a layer's attention: K key heads of width d, the scale, the rotation, the precision."""
+    """What is static about a layer's attention: K key heads of width d, the scale, the rotation, the precision.
+
+    A query reads the last `window` positions, its own among them; None is all. `impl` names an implementation of the
+    kernels (see `pallas_kernels`); None chooses by the platform that a program is lowered for.
+    """
 
     kv_heads: int
     head_dim: int
     scale: float
     rope: Rope
     softmax_dtype: str
+    window: int | None = None
+    impl: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keywords of `jaxfw.ops.attention.attend`."""
+        dtype = jnp.dtype(self.softmax_dtype)
+        return {"scale": self.scale, "softmax_dtype": dtype, "window": self.window, "impl": self.impl}
 
 
 @jax.tree_util.register_dataclass
@@ -47,13 +63,24 @@ class QKV:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The tokens of one call: their true positions, how many of each row are valid, which layer reads this."""
+    """The tokens of one call: their true positions, how many of each row are valid, which layer reads this.
+
+    `unit_id` says which unit (a shot, a sentence) a token belongs to, -1 for none. `key` holds a random key a row, the
+    same for all calls of a generation: a policy that draws folds in the layer and the position, so that a row draws
+    the same alone, in a batch, at once or token by token.
+    """
 
     positions: Int[Array, "B T"]
     lengths: Int[Array, "B"]
     layer: Int[Array, ""]
+    tokens: Int[Array, "B T"] | None = None
     unit_id: Int[Array, "B T"] | None = None
     key: PRNGKeyArray | None = None
+
+    @property
+    def valid(self) -> Bool[Array, "B T"]:
+        """Which tokens are not padding."""
+        return jnp.arange(self.positions.shape[1]) < self.lengths[:, None]
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +100,10 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes of every array held, from shapes alone (works on abstract values)."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def rows(self, index: Int[Array, "B2"]) -> "Cache":
+        """The cache of the rows `index`: gathered, reordered or repeated (beams, shared prefixes)."""
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=0), self)
 
 
 class CachePolicy(Protocol):
@@ -108,18 +139,16 @@ class CachePolicy(Protocol):
         *,
         spec: AttentionSpec,
         previous: State | None = None,
+        shared: PyTree | None = None,
         write: bool = True,
     ) -> tuple[Float[Array, "B T H d"], State]:
         """Attention of T >= 1 further tokens to what is kept and to each other; same tree and shapes.
 
-        With `write` False the state that comes back is the one that was given.
+        `shared` is what `finish` left for all layers, read only. With `write` False the state that comes back is the
+        one that was given.
         """
         ...
 
-    def finish(self, states: tuple[State, ...], step: Step) -> tuple[State, ...]:
-        """Called once after a prefill with the states of all layers, for budgets across layers."""
-        ...
-
-    def rows(self, state: State, index: Int[Array, "B2"]) -> State:
-        """The state of the rows `index`: gathered, reordered or repeated."""
+    def finish(self, states: tuple[State, ...], step: Step) -> Cache:
+        """Called once after a prefill with the states of all layers, for budgets across layers and shared pools."""
         ...

@@ -1,0 +1,143 @@
+"""Reading a compiled program's text (scheduled HLO): what it runs, how often, and which bytes it moves between devices.
+
+Instructions are found in every computation: bodies of loops, fusions, asynchronous wrappers. `times` counts how often
+one runs in one run of the program: a loop's body as often as the compiler knows it to (1 where it does not), each
+branch of a conditional once.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_BODIES = re.compile(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_STARTED = re.compile(r"-done\((?:[^%)]*%)?([\w.\-]+)\)")
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction; `arrays` are those of its result, (type, shape) each, as one device holds them."""
+
+    name: str
+    opcode: str
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    computation: str
+    times: int
+    line: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the result on one device, once."""
+        return sum(_array_bytes(*array) for array in self.arrays)
+
+    @property
+    def target(self) -> str | None:
+        """What a custom call calls."""
+        found = _TARGET.search(self.line) if self.opcode.startswith("custom-call") else None
+        return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation: the bytes of its result on one device, once, and how often it runs.
+
+    `instruction` is where it starts.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    instruction: Instruction
+
+
+@functools.lru_cache(maxsize=8)
+def instructions(text: str) -> tuple[Instruction, ...]:
+    """Every instruction of every computation that the entry reaches, in the text's order."""
+    bodies, entry = _computations(text)
+    times = _times(bodies, entry)
+    return tuple(
+        Instruction(name, opcode, _arrays(shape), computation, times[computation], line)
+        for computation, found in bodies.items()
+        if computation in times
+        for name, shape, opcode, line in found
+    )
+
+
+def custom_calls(text: str) -> dict[str, int]:
+    """How often each custom-call target is called in one run."""
+    counts: collections.Counter[str] = collections.Counter()
+    for instruction in instructions(text):
+        if instruction.target:
+            counts[instruction.target] += instruction.times
+    return dict(counts)
+
+
+def collectives(text: str) -> tuple[Collective, ...]:
+    """The collective operations; an asynchronous one (a start and a done) once, with the bytes of what is done."""
+    found = {instruction.name: instruction for instruction in instructions(text)}
+    listed = []
+    for instruction in found.values():
+        kind = instruction.opcode.removesuffix("-done")
+        if kind in COLLECTIVES:
+            started = _STARTED.search(instruction.line) if instruction.opcode != kind else None
+            begin = found.get(started[1], instruction) if started else instruction
+            listed.append(Collective(kind, instruction.bytes, instruction.times, begin))
+    return tuple(listed)
+
+
+def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str, str]]], str]:
+    bodies: dict[str, list[tuple[str, str, str, str]]] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = header[2]
+            bodies[current] = []
+            entry = current if header[1] else entry
+        elif current and (found := _INSTRUCTION.match(line)):
+            bodies[current].append((found[1], found[2], found[3], line.strip()))
+    return bodies, entry
+
+
+def _times(bodies: dict[str, list[tuple[str, str, str, str]]], entry: str) -> dict[str, int]:
+    """Runs of each computation: the sum over its callers, each times its own runs and the trips of its loop."""
+    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for computation, found in bodies.items():
+        for _, _, opcode, line in found:
+            if opcode in ("async-update", "async-done"):
+                continue  # what they call is counted where it starts
+            trips = _TRIPS.search(line) if opcode == "while" else None
+            for names in _BODIES.findall(line):
+                for name in re.findall(r"[\w.\-]+", names):
+                    callers[name].append((computation, int(trips[1]) if trips else 1))
+
+    @functools.cache
+    def runs(computation: str) -> int:
+        return 1 if computation == entry else sum(runs(caller) * trips for caller, trips in callers[computation])
+
+    return {computation: runs(computation) for computation in bodies if runs(computation)}
+
+
+def _arrays(shape: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(shape))
+
+
+def _array_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    if kind in ("token", "opaque"):
+        return 0
+    bits = 8 if kind == "pred" else int((re.search(r"\d+", kind) or ["8"])[0])
+    return math.ceil(math.prod(shape) * bits / 8)

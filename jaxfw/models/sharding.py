@@ -1,0 +1,84 @@
+"""Where a decoder's parameters, caches and batches live on a mesh (axes: `jaxfw.core.mesh`).
+
+Matrices are cut twice: the axis that meets the residual over `fsdp`, the other (heads, feed-forward width, vocabulary)
+over `tensor`, so that a layer needs one sum over `tensor` behind attention and one behind the feed-forward. A head is
+never cut: where heads do not divide, their projections are whole on every device of `tensor`. A vocabulary that does
+not divide is cut by width instead; experts that do not, likewise.
+"""
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from jaxfw.core.mesh import BATCH_AXES, fit
+from jaxfw.core.shapes import PyTree
+from jaxfw.core.sharding import Rule, Spec
+from jaxfw.nn.config import DecoderConfig
+
+# "layers_3/..." and, stacked, "layers/..."
+_LAYER = r"layers(_\d+)?/"
+_SMALL = "small"
+_INTO: tuple[Spec, ...] = (("fsdp", "tensor"), ("fsdp", None), (None, "tensor"), (None, None))
+_OUT_OF: tuple[Spec, ...] = (("tensor", "fsdp"), (None, "fsdp"), ("tensor", None), (None, None))
+_TABLE: tuple[Spec, ...] = (
+    ("tensor", "fsdp"), (None, ("fsdp", "tensor")), ("tensor", None), (None, "fsdp"), (None, "tensor"), (None, None),
+)  # fmt: skip
+_VECTOR: tuple[Spec, ...] = (("tensor",), (None,))
+
+
+def _experts(into: bool) -> tuple[Spec, ...]:
+    """For [E D F] or, out of the experts, [E F D]: E over `expert`, else D over it too."""
+    cuts = (
+        ("expert", "fsdp", "tensor"), (None, ("fsdp", "expert"), "tensor"), ("expert", "fsdp", None),
+        (None, ("fsdp", "expert"), None), ("expert", None, "tensor"), (None, "fsdp", "tensor"), ("expert", None, None),
+        (None, "fsdp", None), (None, None, "tensor"), (None, None, None),
+    )  # fmt: skip
+    return tuple((e, d, f) if into else (e, f, d) for e, d, f in cuts)
+
+
+def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
+    """The rules for every parameter of a decoder, dense or with experts, its layers apart or stacked.
+
+    A router with parameters of its own names needs a `Rule` beside these.
+    """
+    H, K = config.heads, config.kv_heads
+    return (
+        Rule(r"embed/embedding|head/lm_head", _TABLE),
+        Rule(rf"({_LAYER}(attn|mlp)_norm|head/norm)/scale", ((None,),), why=_SMALL),
+        Rule(rf"{_LAYER}attn/q/kernel", _INTO, units=(None, H)),
+        Rule(rf"{_LAYER}attn/[kv]/kernel", _INTO, units=(None, K)),
+        Rule(rf"{_LAYER}attn/o/kernel", _OUT_OF, units=(H, None)),
+        Rule(rf"{_LAYER}attn/q/bias", _VECTOR, units=(H,)),
+        Rule(rf"{_LAYER}attn/[kv]/bias", _VECTOR, units=(K,)),
+        Rule(rf"{_LAYER}mlp/(gate|up)/kernel", _INTO),
+        Rule(rf"{_LAYER}mlp/down/kernel", _OUT_OF),
+        Rule(rf"{_LAYER}mlp/(gate|up)/bias", _VECTOR),
+        Rule(rf"{_LAYER}(attn/o|mlp/down)/bias", ((None,),), why=_SMALL),
+        Rule(rf"{_LAYER}moe/router/kernel", (("fsdp", None), (None, None)), why=_SMALL),
+        Rule(rf"{_LAYER}moe/router/scale", ((),), why=_SMALL),
+        Rule(rf"{_LAYER}moe/experts/(gate|up)", _experts(into=True)),
+        Rule(rf"{_LAYER}moe/experts/down", _experts(into=False)),
+    )
+
+
+def batch_shardings(mesh: Mesh | AbstractMesh, batch: PyTree) -> PyTree:
+    """Rows, the first axis of every array, over `BATCH_AXES` as far as they divide (tokens, lengths, windows)."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, fit(mesh.shape, x.shape, _rows(x.ndim))), batch)
+
+
+def cache_shardings(mesh: Mesh | AbstractMesh, cache: PyTree, *, kv_heads: int) -> PyTree:
+    """Rows over `BATCH_AXES`, key heads over `tensor`, as far as they divide.
+
+    Every array of a state leads with rows; one of three axes or more has its key heads second (what has another number
+    there is cut by rows only).
+    """
+
+    def place(x):
+        heads = "tensor" if x.ndim >= 3 and x.shape[1] == kv_heads else None
+        spec = _rows(x.ndim) if x.ndim < 2 else (BATCH_AXES, heads, *[None] * (x.ndim - 2))
+        return NamedSharding(mesh, fit(mesh.shape, x.shape, spec))
+
+    return jax.tree.map(place, cache)
+
+
+def _rows(axes: int) -> Spec:
+    return (BATCH_AXES, *[None] * (axes - 1)) if axes else ()

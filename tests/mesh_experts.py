@@ -1,0 +1,184 @@
+"""`ExpertParallel` on eight devices: run by tests/test_expert_parallel.py in a process that has them."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+pytest.register_assert_rewrite("tests.experts_contract")
+
+from jaxfw.core.errors import InputError  # noqa: E402
+from jaxfw.core.mesh import make_mesh  # noqa: E402
+from jaxfw.models.routing import ExpertChoice, ExpertParallel, Sorted, TokenChoice, TokenRoute  # noqa: E402
+from tests.experts_contract import (  # noqa: E402
+    ExpertsContract,
+    assert_near,
+    context,
+    draw,
+    kept_by_loop,
+    mask,
+    params,
+    run_back,
+    token_route,
+)
+
+B, T, D, F = 8, 5, 6, 8
+ROWS = ("data", "fsdp", "expert")
+
+
+class OnMesh(ExpertsContract):
+    sizes: dict
+
+    def mesh(self):
+        return jax.set_mesh(make_mesh(**self.sizes))
+
+
+class TestExpertAxisOfFour(OnMesh):
+    experts = ExpertParallel()
+    sizes = {"data": 2, "expert": 4}  # noqa: RUF012
+    groups = 8
+
+
+class TestDrops(OnMesh):
+    experts = ExpertParallel(0.7)
+    sizes = {"data": 2, "expert": 2, "tensor": 2}  # noqa: RUF012
+    groups = 4
+
+
+class TestSmallerGroupsAndMultiples(OnMesh):
+    experts = ExpertParallel(0.7, group=8, multiple=2)
+    sizes = {"fsdp": 2, "expert": 2, "tensor": 2}  # noqa: RUF012
+    groups = 8
+
+
+class TestExpertsThatDoNotDivide(OnMesh):
+    experts = ExpertParallel(0.9)
+    sizes = {"expert": 8}  # noqa: RUF012
+    groups = 8
+
+
+class TestSortedOnAMesh(OnMesh):
+    experts = Sorted(0.7)
+    sizes = {"data": 2, "expert": 2, "tensor": 2}  # noqa: RUF012
+    groups = 4
+
+
+# --- what the compiled program moves
+
+
+def weights(E):
+    rng = np.random.default_rng(1)
+    shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def placed(mesh, params, x, route, valid, cotangent):
+    """As a run lays them out: experts over `expert`, F over `tensor`, rows over the rest."""
+    specs = {"gate": Spec("expert", None, "tensor"), "up": Spec("expert", None, "tensor")}
+    specs["down"] = Spec("expert", "tensor", None)
+    held = {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in params.items()}
+    rows = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, Spec(ROWS))), (x, route, valid, cotangent))
+    return held, *rows
+
+
+def collectives(text):
+    """{kind: [elements of each result]} of a compiled program."""
+    found = {}
+    pattern = r"= \(?\w+\[([\d,]*)\]\S* (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\("
+    for shape, kind in re.findall(pattern, text):
+        found.setdefault(kind, []).append(int(np.prod([int(size) for size in shape.split(",") if size])))
+    return found
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "expert": 4}, {"data": 2, "expert": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("capacity", [None, 1.25])
+def test_tokens_travel_and_weights_stay(sizes, capacity):
+    """Equal to one device; every device ends with its own experts' gradients; nothing gathers the experts."""
+    E, mesh = 16, make_mesh(**sizes)
+    route = token_route(np.argsort(draw(B, T, E, seed=6), axis=-1)[..., :2])
+    inputs = weights(E), draw(B, T, D), route, mask(), draw(B, T, D, seed=8)
+    with jax.set_mesh(mesh):
+        args = placed(mesh, *inputs)
+        compiled = run_back.lower(ExpertParallel(capacity), *args).compile()
+        y, stats, gradients = compiled(*args)
+    alone = run_back(Sorted(capacity, group=8 // sizes.get("tensor", 1)), *inputs)
+    inside = mask()[..., None]
+    assert_near(np.where(inside, y, 0), np.where(inside, alone[0], 0), "output")
+    for name in inputs[0]:
+        assert_near(gradients[0][name], alone[2][0][name], name)
+        assert gradients[0][name].sharding.is_equivalent_to(args[0][name].sharding, 3), name
+    assert_near(gradients[1], alone[2][1], "x")
+    assert_near(gradients[2]["weights"], alone[2][2]["weights"], "route")
+    assert jax.device_get(stats) == jax.device_get(alone[1])
+    moved = collectives(compiled.as_text())
+    assert len(moved["all-to-all"]) >= 4, "there and back, forward and backward"
+    shard = E * D * F // sizes["expert"] // sizes.get("tensor", 1)
+    assert max(moved.get("all-gather", [0])) < shard, moved
+    # Gradients of experts are summed over data, where every device holds its own.
+    assert max(moved["all-reduce"]) <= max(shard, B * T * D), moved
+
+
+def test_one_axis_of_many_experts_that_are_full():
+    """Everything to two experts of 16: experts run one after the other."""
+    E, mesh = 16, make_mesh(expert=8)
+    inputs = weights(E), draw(B, T, D), token_route([5, 11]), mask(), draw(B, T, D, seed=8)
+    with jax.set_mesh(mesh):
+        y, stats, gradients = run_back(ExpertParallel(), *placed(mesh, *inputs))
+    alone = run_back(Sorted(), *inputs)
+    assert int(stats.dropped) == 0 and int(stats.kept) == 2 * mask().sum()
+    assert_near(np.where(mask()[..., None], y, 0), np.where(mask()[..., None], alone[0], 0), "output")
+    for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(alone[2]), strict=True):
+        assert_near(found, wanted, "gradients")
+
+
+def test_drops_are_those_of_the_loop():
+    """Which assignments were dropped, seen in the answers: experts that return their input, one-hot weights."""
+    E, mesh = 4, make_mesh(data=2, expert=4)
+    route = token_route([2, 0])
+    for j in range(2):
+        only = TokenRoute(route.ids, np.eye(2, dtype=np.float32)[j] * np.ones((B, T, 1), np.float32))
+        with jax.set_mesh(mesh):
+            y, _ = jax.jit(ExpertParallel(0.9))(weights(E), draw(B, T, D), only, context(mask()))
+        kept = kept_by_loop(route.ids, mask(), 0.9, groups=8)[..., j]
+        np.testing.assert_array_equal(np.any(np.asarray(y) != 0, axis=-1) & mask(), kept)
+
+
+@pytest.mark.parametrize("router", [TokenChoice(2), ExpertChoice(1.5, groups=8)], ids=str)
+def test_router_and_experts_together(router):
+    """Loss, losses of the router and the router's gradient equal one device's; the loads of all shards count."""
+    E, mesh = 4, make_mesh(data=2, expert=4)
+    kernel, x, valid, cotangent = draw(D, E, seed=2), draw(B, T, D), mask(), draw(B, T, D, seed=8)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def losses(experts, kernel, experts_params, x, valid):
+        def total(kernel):
+            route, aux = router({"kernel": kernel}, x, context(valid))
+            y, stats = experts(experts_params, x, route, context(valid))
+            return jnp.sum(y * cotangent) + sum(aux.losses.values(), jnp.float32(0)), (aux.losses, aux.load, stats)
+
+        return jax.value_and_grad(total, has_aux=True)(kernel)
+
+    with jax.set_mesh(mesh):
+        params, x_held, _, valid_held, _ = placed(mesh, weights(E), x, token_route(), valid, cotangent)
+        found = losses(ExpertParallel(), kernel, params, x_held, valid_held)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(losses(Sorted(), kernel, weights(E), x, valid)), strict=True):
+        assert_near(a, b, "router and experts")
+
+
+def test_refusals_name_the_remedy():
+    experts, route, x = ExpertParallel(), token_route(), draw(B, T, D)
+    with pytest.raises(InputError, match=r"ExpertParallel.*axis 'expert'.*set_mesh"):
+        experts(params(), x, route, context(mask()))
+    with jax.set_mesh(make_mesh(expert=8)):
+        few = token_route(batch=3)
+        with pytest.raises(InputError, match=r"3 rows of the batch.*8 shards"):
+            experts(params(), x[:3], few, context(mask()[:3]))
+        with pytest.raises(InputError, match=r"12 groups.*8 shards"):
+            ExpertParallel(1.0, group=12)(params(), x, route, context(mask()))
+    with pytest.raises(InputError, match="group='global'"):
+        ExpertParallel(1.0, group="global")
