@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 PLATFORM = {"triton": "cuda", "mosaic": "cuda"}  # what a kernel is lowered for; of several, the first that can run
 IMPLS = ("xla", *PLATFORM, "interpret")
+ROW_AXES, HEAD_AXES = ("data", "fsdp", "expert"), ("tensor",)  # the mesh axes that cut rows of a batch, and heads
 
 Supports = Callable[[str], str | None]  # the reason why an impl cannot run, or None
 Choice = tuple[tuple[str, str], ...]  # (platform, impl) pairs; hashable

@@ -29,12 +29,20 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._compat import triton_call
-from pallas_kernels._dispatch import Choice, choose, dispatch_plan, divisors, on_each_device, run_chosen
+from pallas_kernels._dispatch import (
+    HEAD_AXES,
+    ROW_AXES,
+    Choice,
+    choose,
+    dispatch_plan,
+    divisors,
+    on_each_device,
+    run_chosen,
+)
 
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
 SMALLEST_DOT = 16  # rows and columns of a tensor core's product
 DTYPES = ("float32", "bfloat16", "float16")
-ROW_AXES, HEAD_AXES = ("data", "fsdp", "expert"), ("tensor",)  # of a mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@
 
 What the policy returns is compared with the forward without a cache of the model `reference`, which may have a window.
 A policy that forgets or rounds otherwise sets `is_exact = False`: then that comparison is left out, and all the rest
-still holds.
+still holds. One that rounds also sets `atol`: where a sum falls on the edge between two steps, its order decides.
 """
 
 import dataclasses
@@ -89,16 +89,16 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def assert_close(a, b):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=ATOL, rtol=0)
-
-
 class CacheContract:
     """Drives `policy` through a tiny decoder with grouped heads, on three rows of unequal lengths."""
 
     policy: CachePolicy
     is_exact = True
     reference = CONFIG
+    atol = ATOL
+
+    def assert_close(self, a, b):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=self.atol, rtol=0)
 
     def prefilled(self, config=CONFIG, keys_of=keys):
         tokens, lengths = cut((0, 0, 0), LENGTHS, T), jnp.asarray(LENGTHS, jnp.int32)
@@ -149,7 +149,7 @@ class CacheContract:
     def test_arrays_lead_with_the_batch_and_then_the_key_heads(self):
         for cache in (self.forward_abstractly(CONFIG, T), jax.eval_shape(lambda: self.empty(ROOM))):
             for leaf in jax.tree.leaves(cache.layers):
-                assert leaf.shape[0] == B, f"{leaf.shape} does not lead with the batch axis: rows cannot be taken"
+                assert leaf.shape[:1] == (B,), f"{leaf.shape} does not lead with the batch axis: rows cannot be taken"
                 assert leaf.ndim < 3 or leaf.shape[1] == CONFIG.kv_heads, f"{leaf.shape}: key heads come second"
 
     # --- a loop can carry the state
@@ -157,7 +157,8 @@ class CacheContract:
     def test_extend_keeps_tree_shapes_and_dtypes(self):
         for config in (CONFIG, dataclasses.replace(CONFIG, dtype="bfloat16")):
             cache = self.forward_abstractly(config, T)
-            assert forms(cache.layers) == forms(jax.eval_shape(lambda: self.empty(ROOM, config.dtype)).layers)
+            empty = jax.eval_shape(functools.partial(self.empty, ROOM, jnp.dtype(config.dtype)))
+            assert forms(cache.layers) == forms(empty.layers), "a prompt leaves what `empty` foretells"
             for width in (1, PIECE):
                 assert forms(self.forward_abstractly(config, width, cache)) == forms(cache)
 
@@ -178,16 +179,16 @@ class CacheContract:
         for i in range(4):
             out = self.extended(outside, (i,) * B, (1,) * B)
             outside = out.cache
-        assert_close(logits, out.logits)
+        self.assert_close(logits, out.logits)
         assert inside.seen.tolist() == outside.seen.tolist() == [length + 4 for length in LENGTHS]
-        assert_close(self.answer(inside), self.answer(outside))
+        self.assert_close(self.answer(inside), self.answer(outside))
 
     # --- the same numbers, however the tokens arrive
 
     def test_the_prompt_is_read_as_without_a_cache(self):
         if self.is_exact:
             for logits, expected, length in zip(self.prefilled().logits, logits_of_text(self.reference), LENGTHS):
-                assert_close(logits[:length], expected[:length])
+                self.assert_close(logits[:length], expected[:length])
 
     def test_token_by_token_equals_one_forward(self):
         if self.is_exact:
@@ -196,7 +197,7 @@ class CacheContract:
                 starts = [length + i for length in LENGTHS]
                 out = self.extended(cache, starts, (1, 1, 1))
                 cache = out.cache
-                assert_close(out.logits[:, 0], logits_of_text(self.reference)[np.arange(B), starts])
+                self.assert_close(out.logits[:, 0], logits_of_text(self.reference)[np.arange(B), starts])
 
     def test_from_nothing_equals_one_forward(self):
         if self.is_exact:
@@ -204,7 +205,7 @@ class CacheContract:
             for start in (0, 5, 10):
                 out = self.extended(cache, (start,) * B, (5,) * B)
                 cache = out.cache
-                assert_close(out.logits, logits_of_text(self.reference)[:, start : start + 5])
+                self.assert_close(out.logits, logits_of_text(self.reference)[:, start : start + 5])
 
     def test_several_tokens_equal_one_after_the_other(self):
         if self.is_exact:
@@ -212,10 +213,10 @@ class CacheContract:
             together = self.extended(cache, LENGTHS, (5, 5, 5))
             for i in range(5):
                 alone = self.extended(cache, [length + i for length in LENGTHS], (1, 1, 1))
-                assert_close(alone.logits[:, 0], together.logits[:, i])
+                self.assert_close(alone.logits[:, 0], together.logits[:, i])
                 cache = alone.cache
             assert cache.seen.tolist() == together.cache.seen.tolist()
-            assert_close(self.answer(cache), self.answer(together.cache))
+            self.assert_close(self.answer(cache), self.answer(together.cache))
 
     # --- reading and writing
 
@@ -226,7 +227,7 @@ class CacheContract:
         written = self.extended(cache, LENGTHS, lengths)
         assert_same(jax.tree.map(np.array, read.cache), before)
         for b, length in enumerate(lengths):
-            assert_close(read.logits[b, :length], written.logits[b, :length])
+            self.assert_close(read.logits[b, :length], written.logits[b, :length])
         assert written.cache.seen.tolist() == [11, 5, 3]
 
     def test_seen_and_kept_positions_of_unequal_rows(self):
@@ -251,7 +252,7 @@ class CacheContract:
         for index in ([0, 1, 2], [2, 0, 1], [1, 1, 0], [1]):
             taken = cache.rows(jnp.asarray(index))
             assert taken.seen.tolist() == [LENGTHS[b] for b in index]
-            assert_close(self.answer(taken), said[jnp.asarray(index)])
+            self.assert_close(self.answer(taken), said[jnp.asarray(index)])
             for state, source in zip(taken.layers, cache.layers):
                 assert_same(state.kept_positions, source.kept_positions[jnp.asarray(index)])
 
@@ -261,31 +262,31 @@ class CacheContract:
         for b, length in enumerate(LENGTHS):
             lone, one = cut([0], [length], max(LENGTHS), rows=[b]), jnp.asarray([length], jnp.int32)
             alone = run(CONFIG, self.policy, params(), lone, one, keys()[b : b + 1])
-            assert_close(alone.logits[0, :length], together.logits[b, :length])
-            assert_close(self.answer(alone.cache)[0], said[b])
+            self.assert_close(alone.logits[0, :length], together.logits[b, :length])
+            self.assert_close(self.answer(alone.cache)[0], said[b])
 
     def test_a_row_that_is_given_nothing_stays_as_it_is(self):
         cache = self.prefilled().cache
         later = self.extended(cache, LENGTHS, (0, 2, 0)).cache
         assert later.seen.tolist() == [9, 6, 1]
         change = np.abs(np.asarray(self.answer(later) - self.answer(cache))).max(axis=(1, 2))
-        assert change[0] <= ATOL and change[2] <= ATOL and change[1] > 1000 * ATOL
+        assert change[0] <= self.atol and change[2] <= self.atol and change[1] > 1000 * ATOL
 
     def test_padding_of_an_extension_does_no_harm(self):
         cache, counts = self.prefilled().cache, (1, 4, 2)
         padded, other = (self.extended(cache, LENGTHS, counts, junk=junk) for junk in (CONFIG.vocab - 1, 0))
         whole, first = (self.extended(cache, LENGTHS, (n, n, n)) for n in (PIECE, 1))
         for b, count in enumerate(counts):
-            assert_close(padded.logits[b, :count], other.logits[b, :count])
-            assert_close(padded.logits[b, :count], whole.logits[b, :count])  # nor what comes later
-        assert_close(padded.logits[:, 0], first.logits[:, 0])
-        assert_close(self.answer(padded.cache), self.answer(other.cache))
+            self.assert_close(padded.logits[b, :count], other.logits[b, :count])
+            self.assert_close(padded.logits[b, :count], whole.logits[b, :count])  # nor what comes later
+        self.assert_close(padded.logits[:, 0], first.logits[:, 0])
+        self.assert_close(self.answer(padded.cache), self.answer(other.cache))
         if self.is_exact:
             for b, count in enumerate(counts):
                 one = cache.rows(jnp.asarray([b]))
                 for i in range(count):
                     one = self.extended(one, [LENGTHS[b] + i], [1], rows=[b]).cache
-                assert_close(self.answer(padded.cache)[b], self.answer(one)[0])
+                self.assert_close(self.answer(padded.cache)[b], self.answer(one)[0])
 
     # --- generation: part by part, then a loop
 
@@ -300,12 +301,12 @@ class CacheContract:
         logits, cache = engine.prefill(
             CONFIG, params(), tokens, lengths, policy=self.policy, room=ROOM, key=jnp.copy(keys())
         )
-        assert_close(logits, whole.logits[jnp.arange(B), lengths - 1])
+        self.assert_close(logits, whole.logits[jnp.arange(B), lengths - 1])
         assert forms(cache) == forms(whole.cache)
-        assert_close(self.answer(cache), self.answer(whole.cache))
+        self.assert_close(self.answer(cache), self.answer(whole.cache))
 
     def test_generated_tokens_are_the_likeliest_and_those_of_each_row_alone(self):
-        """Up to near ties, where rounding decides."""
+        """Up to near ties, which the order of a sum may decide."""
         together, alone = np.array(self.generated(range(B))), [self.generated([b])[0] for b in range(B)]
 
         def drawn():
@@ -315,7 +316,7 @@ class CacheContract:
         logits, lengths = np.asarray(out.logits)[np.arange(B), np.asarray(LENGTHS) - 1], jnp.ones(B, jnp.int32)
         for i in range(NEW):
             second, first = np.sort(logits, axis=1)[:, -2:].T
-            is_near = first - second < NEAR_TIE * logits.std()
+            is_near = first - second < max(NEAR_TIE * logits.std(), 2 * (self.atol - ATOL))
             assert np.all((together[:, i] == logits.argmax(axis=1)) | is_near)
             same = together[:, i] == [row[i] for row in alone]
             assert np.all(same | is_near | ~is_equal)

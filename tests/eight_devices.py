@@ -21,7 +21,7 @@ from jaxfw.core.mesh import make_mesh
 from jaxfw.core.sharding import shardings, state_shardings, table
 from jaxfw.models import DecoderConfig, MoEConfig, forward, init, stack_layers
 from jaxfw.models.cache import FullCache
-from jaxfw.models.routing import ExpertParallel, Sorted
+from jaxfw.models.routing import Dense, ExpertParallel, Sorted
 from jaxfw.models.sharding import batch_shardings, cache_shardings, decoder_rules
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.train.step import Aux, init_state, update
@@ -32,16 +32,16 @@ SMALL = DecoderConfig(
     vocab=41, width=32, ffn=24, layers=2, heads=8, kv_heads=2, head_dim=4, positions=64, init_std=0.3,
     qkv_bias=True, out_bias=True, mlp_bias=True,
 )  # fmt: skip
+DENSE = dataclasses.replace(SMALL, layers=1)
 MIXED = dataclasses.replace(SMALL, moe=MoEConfig(experts=6, per_token=2, ffn=16, first=1))
-PLAIN = dataclasses.replace(SMALL, kv_heads=4, tie_embeddings=True)
-FULL, PARALLEL = Sorted(), ExpertParallel()
+PLAIN = dataclasses.replace(SMALL, layers=1, kv_heads=4, tie_embeddings=True)
 MESHES = {
-    "tensor=8": (dict(tensor=8), FULL),
-    "fsdp=8": (dict(fsdp=8), FULL),
-    "data=8": (dict(data=8), FULL),
-    "data=2,fsdp=2,tensor=2": (dict(data=2, fsdp=2, tensor=2), FULL),
-    "data=2,expert=4": (dict(data=2, expert=4), PARALLEL),
-    "fsdp=2,tensor=2,expert=2": (dict(fsdp=2, tensor=2, expert=2), PARALLEL),
+    "tensor=8": (DENSE, None, dict(tensor=8)),
+    "fsdp=8": (DENSE, None, dict(fsdp=8)),
+    "data=8": (DENSE, None, dict(data=8)),
+    "data=2,fsdp=2,tensor=2": (MIXED, Sorted(), dict(data=2, fsdp=2, tensor=2)),
+    "data=2,expert=4": (MIXED, ExpertParallel(), dict(data=2, expert=4)),
+    "fsdp=2,tensor=2,expert=2": (MIXED, ExpertParallel(), dict(fsdp=2, tensor=2, expert=2)),
 }
 # Compiling is most of what this takes, and compiles fastest unoptimised.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -72,7 +72,7 @@ def loss_of(config, experts, params, batch):
 
 def values(config, experts, params, batch, **options):
     """(loss, logits), gradients."""
-    f = functools.partial(loss_of, config, experts if config.moe else None)
+    f = functools.partial(loss_of, config, experts)
     return jit(jax.value_and_grad(f, has_aux=True), **options)(params, batch)
 
 
@@ -104,9 +104,8 @@ def same_layout(ours, wanted):
     )
 
 
-def compare(config, experts, mesh, batch, params):
-    """One forward and backward on a mesh beside one device."""
-    expected = values(config, FULL, params, batch)
+def compare(config, experts, mesh, batch, params, expected):
+    """One forward and backward on a mesh beside what one device says."""
     rules = decoder_rules(config)
     places = shardings(rules, mesh, params)
     placed = jax.device_put(params, places)
@@ -151,7 +150,7 @@ def train(mesh):
     return {"loss": error(got, expected), "held": held(after), "table": table_bytes}
 
 
-def decode(mesh):
+def decode(meshes):
     """A prompt and one more token through a full cache; nothing says how the caches are to lie."""
     config, policy, room = PLAIN, FullCache(), 8
     params, batch = params_of(config), rows(B)
@@ -169,31 +168,42 @@ def decode(mesh):
         return second.logits, first.cache, second.cache
 
     expected, whole, _ = run(params, batch, one)
-    placed = jax.device_put(params, shardings(decoder_rules(config), mesh, params))
-    with jax.set_mesh(mesh):
-        got, first, second = run(placed, *jax.device_put((batch, one), batch_shardings(mesh, (batch, one))))
-    wanted = cache_shardings(mesh, whole, kv_heads=config.kv_heads)
-    return {
-        "logits": error(got, expected),
-        "cache": error(first, whole),
-        "as wanted": [same_layout(cache, wanted) for cache in (first, second)],
-        "held": [held(first), held(second)],
-        "whole": whole.nbytes,
-        "seen": whole.seen.nbytes * config.layers,
-    }
+    report = {}
+    for name, mesh in meshes.items():
+        placed = jax.device_put(params, shardings(decoder_rules(config), mesh, params))
+        with jax.set_mesh(mesh):
+            got, first, second = run(placed, *jax.device_put((batch, one), batch_shardings(mesh, (batch, one))))
+        wanted = cache_shardings(mesh, whole, kv_heads=config.kv_heads)
+        report[name] = {
+            "logits": error(got, expected),
+            "cache": error(first, whole),
+            "as wanted": [same_layout(cache, wanted) for cache in (first, second)],
+            "held": [held(first), held(second)],
+            "whole": whole.nbytes,
+            "seen": whole.seen.nbytes * config.layers,
+        }
+    return report
 
 
 def main():
+    params, batch = {config: params_of(config) for config in (DENSE, MIXED)}, rows(B)
+    expected = {
+        config: values(config, Dense() if config.moe else None, params[config], batch) for config in (DENSE, MIXED)
+    }
     report = {
-        name: compare(MIXED, experts, make_mesh(**sizes), rows(B), params_of(MIXED))
-        for name, (sizes, experts) in MESHES.items()
+        name: compare(config, experts, make_mesh(**sizes), batch, params[config], expected[config])
+        for name, (config, experts, sizes) in MESHES.items()
     }
     mixed = make_mesh(data=2, fsdp=2, tensor=2)
-    report["6 rows"] = compare(SMALL, None, mixed, rows(6), params_of(SMALL))
-    report["stacked"] = compare(SMALL, None, mixed, rows(B), stack_layers(params_of(SMALL)))
+    params, batch = stack_layers(params_of(SMALL)), rows(6)
+    report["stacked, 6 rows"] = compare(SMALL, None, mixed, batch, params, values(SMALL, None, params, batch))
     report["train"] = train(mixed)
-    report["decode, tensor=4"] = decode(make_mesh(tensor=4, devices=jax.devices()[:4]))
-    report["decode, data=2,tensor=4"] = decode(make_mesh(data=2, tensor=4))
+    report |= decode(
+        {
+            "decode, tensor=4": make_mesh(tensor=4, devices=jax.devices()[:4]),
+            "decode, data=2,tensor=4": make_mesh(data=2, tensor=4),
+        }
+    )
     print(json.dumps(report))
 
 

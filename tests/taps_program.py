@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfw.models import Collect, DecoderConfig, Edit, MoEConfig, forward, init
+from jaxfw.models import Collect, DecoderConfig, Edit, MoEConfig, Moment, forward, init
 from jaxfw.models.taps import EDITS, SITES
+from tests import numpy_decoder
 
 B, T, P = 2, 6, 2
 LENGTHS = np.array([6, 4], np.int32)
-DENSE = DecoderConfig(
-    vocab=17, width=16, ffn=12, layers=2, heads=4, kv_heads=2, head_dim=4, positions=32, init_std=0.4
-)
+DENSE = DecoderConfig(vocab=17, width=16, ffn=12, layers=2, heads=4, kv_heads=2, head_dim=4, positions=32, init_std=0.4)
 EXPERTS = dataclasses.replace(DENSE, moe=MoEConfig(experts=3, per_token=2, ffn=6))
 # The first layer is dense, the second has experts: every site is somewhere.
 MIXED = dataclasses.replace(DENSE, moe=MoEConfig(experts=3, per_token=2, ffn=6, first=1))
@@ -46,6 +45,34 @@ def editable(config):
     return [name for name, site in SITES.items() if site.can_edit and name not in absent]
 
 
+@functools.cache
+def params64(config):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), params_of(config))
+
+
+def numpy_logits(config, edits=(), tokens=TOKENS, lengths=LENGTHS):
+    """Of the numpy decoder with these edits (dicts), zero where a token is padding."""
+    return numpy_decoder.run(config, params64(config), tokens, lengths, numpy_decoder.editing(edits))
+
+
+def numpy_loss(config, edits=()):
+    """What `loss` should give."""
+    return float(np.sum(numpy_logits(config, edits) * WEIGHTS))
+
+
+def numpy_values(config, edits=(), tokens=TOKENS, lengths=LENGTHS):
+    """{site: {layer: x}} behind these edits, zero where a token is padding."""
+    seen: dict[str, dict] = {}
+    edit = numpy_decoder.editing(edits)
+
+    def hook(site, i, x):
+        seen.setdefault(site, {})[i] = x = edit(site, i, x)
+        return x
+
+    numpy_decoder.run(config, params64(config), tokens, lengths, hook)
+    return seen
+
+
 def every_edit(config):
     """One edit for each site and operation, with positions, rows and layers, all of them idle."""
     rng = np.random.default_rng(3)
@@ -72,7 +99,7 @@ def one_at_a_time(config):
         change = {"rows": np.array([True, n % 3 > 0]), "pos": pos}
         if edit.layers is not None:
             change["layers"] = (layer, layer if n % 5 else np.int32(1))
-        settings.append(edits[:n] + (dataclasses.replace(edit, **change),) + edits[n + 1 :])
+        settings.append((*edits[:n], dataclasses.replace(edit, **change), *edits[n + 1 :]))
     return settings
 
 
@@ -94,6 +121,46 @@ def all_collects(config):
         for reduce in site.reductions
         if (config.moe is not None or not name.startswith("moe/")) and (name in editable(config) or not site.can_edit)
     )
+
+
+def numpy_collected(config, collects, batches):
+    """What these `Collect`s should give over the valid tokens of all `batches` [(tokens, lengths)] together.
+
+    Arrays are those of the last batch. A layer that lacks the site has zeros.
+    """
+    seen = [(numpy_values(config, (), tokens, lengths), lengths) for tokens, lengths in batches]
+
+    def at_layer(tap, i):
+        shape, F = DIMS[tap.site], int(np.prod(DIMS[tap.site]))
+        if i not in seen[-1][0][tap.site]:
+            if tap.reduce is None:
+                return np.zeros((B, T, *shape))
+            return Moment(np.zeros(F if tap.reduce == "mean" else (F, F)), np.float64(0))
+        if tap.reduce is None:
+            return seen[-1][0][tap.site][i]
+        rows = [values[tap.site][i][np.arange(T) < lengths[:, None]] for values, lengths in seen]
+        x = np.concatenate(rows).reshape(-1, F)
+        return Moment(x.mean(axis=0) if tap.reduce == "mean" else x.T @ x / len(x), np.float64(len(x)))
+
+    return [
+        stacked([at_layer(tap, i) for i in range(config.layers)]) if SITES[tap.site].in_layers else at_layer(tap, None)
+        for tap in collects
+    ]
+
+
+def without_padding(collects, collected, lengths=LENGTHS):
+    """What was collected, with zeros where a token is padding."""
+    valid = np.arange(T) < np.asarray(lengths)[:, None]
+    return [
+        x if tap.reduce else np.where(valid.reshape(*valid.shape, *[1] * len(DIMS[tap.site])), x, 0)
+        for tap, x in zip(collects, jax.device_get(collected), strict=True)
+    ]
+
+
+def close(got, expected, tolerance=2e-5):
+    """Within `tolerance` of each entry, or of the largest."""
+    largest = max(1.0, float(np.abs(expected).max())) if np.size(expected) else 1.0
+    np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * largest)
 
 
 def stacked(settings):

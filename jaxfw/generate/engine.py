@@ -108,6 +108,7 @@ def prefill(
     room: int,
     router: Router | None = None,
     experts: Experts | None = None,
+    router_states: PyTree | None = None,
     taps: Sequence[Edit] = (),
     unit_id: Int[Array, "B T"] | None = None,
     key: PRNGKeyArray | None = None,
@@ -121,8 +122,8 @@ def prefill(
     step = dataclasses.replace(first_step(lengths, tokens.shape[1]), tokens=tokens, unit_id=unit_id, key=key)
     x = _embed(config, ends, tokens, step, taps)
     out = trunk(
-        config, params, x, step, policy=policy, room=room, router=router, experts=experts, taps=taps,
-        run_layer=_layer, run_finish=_finish,
+        config, params, x, step, policy=policy, room=room, router=router, experts=experts, state=router_states,
+        taps=taps, run_layer=_layer, run_finish=_finish,
     )  # fmt: skip
     assert out.cache is not None
     return _last_logits(config, ends, out.x, step, taps), out.cache
@@ -141,6 +142,7 @@ def decode(
     chunk: int = CHUNK,
     router: Router | None = None,
     experts: Experts | None = None,
+    router_states: PyTree | None = None,
     taps: Sequence[Edit] = (),
 ) -> tuple[Decoding, Int[Array, "B chunk"]]:
     """Draw up to `limit` <= `chunk` tokens a row, fewer when every row is done. Rows that are done yield -1."""
@@ -155,7 +157,7 @@ def decode(
         lengths = (~state.is_done).astype(jnp.int32)  # a row that is done writes nothing
         out = forward(
             config, params, state.token[:, None], lengths=lengths, policy=policy, cache=state.cache, router=router,
-            experts=experts, taps=taps, key=fold(state.keys, CACHE_STREAM),
+            experts=experts, state=router_states, taps=taps, key=fold(state.keys, CACHE_STREAM),
         )  # fmt: skip
         assert out.cache is not None
         token, is_stop, is_finite = _draw(out.logits[:, 0], sampling, state.keys, state.step, stop_ids)
@@ -193,6 +195,7 @@ def generate(
     room: int | None = None,
     router: Router | None = None,
     experts: Experts | None = None,
+    router_states: PyTree | None = None,
     taps: Sequence[Edit] = (),
     on_tokens: Callable[[Int[np.ndarray, "B n"]], None] | None = None,
 ) -> Generation:
@@ -212,6 +215,7 @@ def generate(
             of the longest prompt's bucket and `max_new_tokens`; give one `room` to share the loop between buckets.
         router: who decides which experts a token goes to; None is the config's.
         experts: who runs them; None is `Sorted()`.
+        router_states: what the routers remember of training, as `Output.state` holds it; generation does not move it.
         taps: edits of the prompt and of every new token, by true positions (steering, ablation).
         on_tokens: called on the host with each chunk of new ids; -1 where a row is done.
 
@@ -231,12 +235,13 @@ def generate(
     _check_taps(config, taps, len(prompts))
     # A copy: the decode loop donates what it is given.
     keys = jnp.copy(row_keys(jax.random.key(0) if key is None else key, len(prompts)))
-    stop, mixture = _padded_stop_ids(stop_ids), {"router": router, "experts": experts, "taps": tuple(taps)}
+    stop = _padded_stop_ids(stop_ids)
+    values = {"router": router, "experts": experts, "router_states": router_states, "taps": tuple(taps)}
 
     started = time.perf_counter()
     logits, cache = prefill(
         config, params, tokens, lengths, policy=policy, room=max(room, tokens.shape[1]),
-        key=_cache_keys(keys), **mixture,
+        key=_cache_keys(keys), **values,
     )  # fmt: skip
     token, is_done, is_finite = _draw(logits, sampling, keys, jnp.int32(0), stop)
     state, drawn = Decoding(cache, token, is_done, is_finite, keys, jnp.int32(1)), 1
@@ -244,7 +249,7 @@ def generate(
     prefilled = time.perf_counter()
     while drawn < max_new_tokens and not bool(jnp.all(state.is_done)):
         limit = min(CHUNK, max_new_tokens - drawn)
-        state, ids = decode(config, policy, params, state, sampling, stop, jnp.int32(limit), **mixture)
+        state, ids = decode(config, policy, params, state, sampling, stop, jnp.int32(limit), **values)
         chunks.append(_taken(state, ids, limit, on_tokens))
         drawn += limit
     rows = tuple(tuple(int(id_) for id_ in row if id_ >= 0) for row in np.concatenate(chunks, axis=1))

@@ -12,6 +12,7 @@ from jaxfw.models.decoder import (
     layer,
     mlp_half,
     route,
+    router_states,
     run_experts,
 )
 from jaxfw.models.stacked import stack_layers, unstack_layers
@@ -23,5 +24,5 @@ from jaxfw.ops.rope import Rope
 __all__ = [
     "Collect", "DecoderConfig", "Edit", "LayerOutput", "MoEConfig", "Moment", "Output", "Rope", "attend_half",
     "attention_spec", "default_router", "embed", "first_step", "forward", "head", "init", "layer", "mlp_half", "route",
-    "run_experts", "stack_layers", "trunk", "unstack_layers",
+    "router_states", "run_experts", "stack_layers", "trunk", "unstack_layers",
 ]  # fmt: skip

@@ -61,6 +61,15 @@ def init(config: DecoderConfig, key: PRNGKeyArray, *, router: Router | None = No
     return Decoder(config, router or default_router(config)).init(key, jnp.zeros((1, 1), jnp.int32), mix)["params"]
 
 
+def router_states(config: DecoderConfig, router: Router | None = None) -> PyTree:
+    """What the routers of all layers remember before the first batch, {"layers_0": ..., ...}; {} for most routers."""
+    router = router or default_router(config)
+    if config.moe is None or router is None:
+        return {}
+    states = {f"layers_{i}": router.init_state(config.moe.experts) for i in range(config.layers) if config.moe.is_in(i)}
+    return {name: state for name, state in states.items() if state is not None}
+
+
 def _apply(module: Any, params: PyTree, *arguments: Any, method: str | None = None) -> Any:
     return module.apply({"params": params}, *arguments, method=method)
 
@@ -135,6 +144,8 @@ def attend_half(
             if tap.wants(taps, "attn/lse"):
                 sites("attn/lse", attention_lse(q, keys, scale=spec.scale, window=spec.window))
         else:
+            if tap.wants(taps, "attn/lse"):
+                raise InputError("site 'attn/lse' cannot be collected beside a cache: leave out policy=.")
             qkv = QKV(q, k, v, q_pre, k_pre, hidden, w_o)
             if state is None:
                 heads, new = policy.prefill(qkv, step, spec=spec, room=room, previous=previous)

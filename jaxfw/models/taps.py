@@ -113,10 +113,20 @@ class Collect:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """A mean over `count` tokens: of x [n F], or of its products with itself [n F F]. Combine batches by counts."""
+    """A mean over `count` tokens: of x [n F], or of its products with itself [n F F].
+
+    Without the axis n where the site is outside of the layers. The sum of two batches' is that of all their tokens.
+    """
 
     value: Float[Array, "n ..."]
     count: Float[Array, "n"]
+
+    def __add__(self, other: "Moment") -> "Moment":
+        """The mean over the tokens of both."""
+        count = self.count + other.count
+        share = other.count / jnp.maximum(count, 1)
+        share = share.reshape(*share.shape, *[1] * (self.value.ndim - share.ndim))
+        return Moment(self.value + share * (other.value - self.value), count)
 
 
 Tap = Edit | Collect

@@ -4,6 +4,7 @@ A slot without a token has position -1. Nothing else is asked of a slot's place:
 reorder. For slots that hold their own position see `jaxfw.ops.attention.attend`, which reads prompts block by block.
 """
 
+import jax
 import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
@@ -75,8 +76,13 @@ def write_slots(
 ) -> Float[Array, "B K S *d"]:
     """`new` in the slots `at`, which differ within a row and head; what lies at S or beyond is dropped.
 
-    One index a head and token: a single `dynamic_update_slice` (one row, one token) is duplicated into its readers by
-    XLA's CPU fusion, and every step of a decode loop then copies the whole buffer four times.
+    A scatter mapped over rows and heads, which a mesh partitions without a collective: with rows and heads among its
+    indices, XLA gathers the new tokens of all heads first. And no `dynamic_update_slice` (one row, one token), which
+    XLA's CPU fusion duplicates into its readers: every step of a decode loop then copies the whole buffer four times.
     """
-    rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
-    return slots.at[rows, heads, at].set(new.astype(slots.dtype), unique_indices=True)
+
+    def write(slots, new, at):
+        return slots.at[at].set(new, unique_indices=True)
+
+    at = jnp.broadcast_to(at, new.shape[:3])
+    return jax.vmap(jax.vmap(write))(slots, new.astype(slots.dtype), at)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxfw.core.errors import unknown
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models import DecoderConfig, Output, forward
+from jaxfw.models import DecoderConfig, Output, forward, router_states
 from jaxfw.models.routing import Experts, Router
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.train.step import Aux
@@ -30,6 +30,11 @@ class NextTokenLoss:
     router: Router | None = None
     experts: Experts | None = None
     router_losses: tuple[tuple[str, float], ...] = ()
+
+    def init_state(self) -> PyTree:
+        """The training state's `state` before the first batch."""
+        routers = router_states(self.config, self.router)
+        return {ROUTERS: routers} if routers else {}
 
     def __call__(
         self, params: PyTree, batch: dict[str, Int[Array, "B T+1"]], key: PRNGKeyArray, *, state: PyTree

@@ -53,9 +53,12 @@ class Int8Cache:
 
     def prefill(self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous=None):
         """Causal attention over the prompt; its keys and values are rounded into a buffer of `room` slots."""
-        out = attend(qkv.q, jnp.swapaxes(qkv.k, 1, 2), jnp.swapaxes(qkv.v, 1, 2), **spec.options)
-        state = self.empty(qkv.k.shape[0], spec=spec, prompt=room, new=0, dtype=qkv.k.dtype)
-        return out, _written(state, qkv, step)
+        k, v = (jnp.swapaxes(x, 1, 2) for x in (qkv.k, qkv.v))
+        out = attend(qkv.q, k, v, **spec.options)
+        spare = ((0, 0), (0, 0), (0, room - k.shape[2]))
+        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        k, v = (jnp.pad(x, (*spare, (0, 0))) for x in (k, v))
+        return out, Int8State(k, v, jnp.pad(k_scale, spare), jnp.pad(v_scale, spare), step.lengths)
 
     def extend(
         self, state: Int8State, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, shared=None, write=True

@@ -120,7 +120,9 @@ def _joined(state: RandomState, new: RandomState) -> RandomState:
 def _pruned(state: RandomState, C: int) -> RandomState:
     """The newest token and those of highest priority, C in all; empty slots come last."""
     newest = state.kept_positions == state.seen[:, None, None] - 1
-    _, index = jax.lax.top_k(jnp.where(newest, HIGHEST, state.priority), C)
+    priority = jnp.where(newest, HIGHEST, state.priority)
+    # A sort, as a mesh does not partition top_k: it gathers the priorities of all heads.
+    index = jnp.argsort(priority, axis=-1, descending=True)[..., :C]
 
     def take(x):
         return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 3)), axis=2)

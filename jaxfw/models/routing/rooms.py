@@ -18,7 +18,8 @@ from jaxfw.ops import routing
 
 FACTORS = (1.25, 2.0)  # of the mean load: the sizes of the batched form
 PARTS = (16, 4, 1)  # of the group: the sizes of the form in which experts run one after the other
-SPARE = 4  # up to that many times the assignments, the batched form with room for everything is simply run
+SPARE = 2  # up to that many times the assignments, the batched form with room for everything serves as the last
+FEW = 16  # up to that many tokens, experts read their weights for longer than they multiply: room for all at once
 
 
 @jax.tree_util.register_dataclass
@@ -77,6 +78,8 @@ def run_dropless(
     Gradients run the experts again: kept, a switch would hold the activations of all its sizes.
     """
     N, E = x.shape[1], given.starts.shape[1]
+    if x.shape[0] * N <= FEW:
+        return _run_room(N, axis, (params, x, given), fullest)
     total = given.order.shape[1]
     rooms = [room for room in (math.ceil(total / E * factor) for factor in FACTORS) if room < N]
     runs = [functools.partial(_run_room, room, axis) for room in rooms]

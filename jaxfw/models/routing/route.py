@@ -121,6 +121,10 @@ class Router(Protocol):
         """Fresh parameters for x of `width`. Works under `jax.eval_shape`."""
         ...
 
+    def init_state(self, experts: int) -> PyTree | None:
+        """What it remembers before the first batch, the tree of `RouterAux.state`; None for a router without state."""
+        ...
+
     def __call__(self, params: PyTree, x: Float[Array, "B T D"], context: RouteContext) -> tuple[Route, RouterAux]:
         """The route of every token; `params` is the layer's `moe/router`."""
         ...

@@ -73,6 +73,10 @@ class TokenChoice:
         """{"kernel": [D E]}, normal of deviation `std`."""
         return _normal_kernel(key, (width, experts), std, dtype)
 
+    def init_state(self, experts: int) -> PyTree | None:
+        """{"bias": [E]} of zeros with a `bias_rate`, else None."""
+        return None if self.bias_rate is None else {"bias": jnp.zeros(experts, jnp.float32)}
+
     def __call__(self, params: PyTree, x: Float[Array, "B T D"], context: RouteContext) -> tuple[TokenRoute, RouterAux]:
         clean = _logits(params, x, context.valid)
         E = clean.shape[-1]
@@ -139,6 +143,9 @@ class ExpertChoice:
         """{"kernel": [D E]}, normal of deviation `std`."""
         return _normal_kernel(key, (width, experts), std, dtype)
 
+    def init_state(self, experts: int) -> None:
+        """Remembers nothing."""
+
     def __call__(self, params: PyTree, x: Float[Array, "B T D"], context: RouteContext) -> tuple[SlotRoute, RouterAux]:
         logits = _logits(params, x, context.valid)
         probs = jax.nn.softmax(logits, axis=-1)
@@ -178,6 +185,9 @@ class SoftChoice:
     def init(self, key: PRNGKeyArray, width: int, experts: int, *, std: float, dtype: Any) -> PyTree:
         """{"kernel": [D E*P]}, normal of deviation `std`, and "scale" 1."""
         return _normal_kernel(key, (width, experts * self.slots), std, dtype) | {"scale": jnp.ones((), dtype)}
+
+    def init_state(self, experts: int) -> None:
+        """Remembers nothing."""
 
     def __call__(self, params: PyTree, x: Float[Array, "B T D"], context: RouteContext) -> tuple[SoftRoute, RouterAux]:
         valid = context.valid[..., None]

@@ -1,0 +1,340 @@
+"""`Dense` and `Sorted` hold to the contract of experts, together with every router, and the contract notices faults."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.register_assert_rewrite("tests.experts_contract")
+
+from jaxfw.core.errors import InputError  # noqa: E402
+from jaxfw.models.routing import (  # noqa: E402
+    Dense,
+    ExpertChoice,
+    ExpertParallel,
+    RouteContext,
+    SlotRoute,
+    SoftChoice,
+    Sorted,
+    TokenChoice,
+    TokenRoute,
+    rooms,
+)
+from jaxfw.models.routing.feed_forward import expert_ffn  # noqa: E402
+from tests import experts_contract  # noqa: E402
+from tests.experts_contract import (  # noqa: E402
+    FAST_TO_COMPILE,
+    D,
+    E,
+    ExpertsContract,
+    F,
+    assert_near,
+    context,
+    draw,
+    expected,
+    kept_by_loop,
+    mask,
+    params,
+    run_back,
+    token_route,
+)
+
+B, T = 8, 5
+
+
+class TestDense(ExpertsContract):
+    experts = Dense()
+
+
+class TestSorted(ExpertsContract):
+    experts = Sorted()
+
+
+class TestSortedDrops(ExpertsContract):
+    experts = Sorted(0.7)
+
+
+class TestDenseDropsInGroups(ExpertsContract):
+    experts = Dense(0.7, group=4, multiple=2)
+    groups = 4
+
+
+class TestSortedDropsInGroups(ExpertsContract):
+    experts = Sorted(0.7, group=4, multiple=2)
+    groups = 4
+
+
+# --- router and experts: the gradient of the router's parameters through the weights
+
+
+def answers(experts, router, router_params, experts_params, x, valid, cotangent):
+    route, _ = router(router_params, x, context(valid))
+    y, _ = experts(experts_params, x, route, context(valid))
+    return jnp.sum(jnp.where(valid[..., None], y * cotangent, 0))
+
+
+ROUTERS = [
+    TokenChoice(2), TokenChoice(1, renormalize=False), TokenChoice(2, "sigmoid"), ExpertChoice(1.5), SoftChoice(2)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [Sorted(), Sorted(0.7), Dense(0.7)], ids=repr)
+@pytest.mark.parametrize("router", ROUTERS, ids=repr)
+def test_router_gradients_equal_finite_differences_in_float64(router, experts):
+    """The route is drawn by numpy in float64 from the router's definition; choices and drops stay as they are."""
+    if experts.capacity and not isinstance(router, TokenChoice):
+        pytest.skip("a capacity concerns token choice alone")
+    valid, x, cotangent = mask(), draw(B, T, D), draw(B, T, D, seed=8)
+    weights = {"kernel": draw(D, E * getattr(router, "slots", 1), seed=2)}
+    if isinstance(router, SoftChoice):
+        weights["scale"] = np.float32(1.5)
+    back = jax.jit(jax.grad(answers, argnums=2), static_argnums=(0, 1), compiler_options=FAST_TO_COMPILE)
+    found = back(experts, router, weights, params(), x, valid, cotangent)
+    chosen, _ = router(weights, jnp.asarray(x), context(valid))
+
+    def total(kernel):
+        route = exact_route(router, chosen, kernel, x, valid)
+        kept = kept_by_loop(route.ids, valid, experts.capacity) if isinstance(route, TokenRoute) else None
+        y, _ = expected(params(), x, route, valid, cotangent, kept)
+        return np.sum(np.where(valid[..., None], y * cotangent, 0))
+
+    kernel, direction = weights["kernel"].astype(np.float64), draw(*weights["kernel"].shape, seed=11)
+    for toward in (direction, np.eye(*kernel.shape)):
+        slope = (total(kernel + 1e-5 * toward) - total(kernel - 1e-5 * toward)) / 2e-5
+        assert np.sum(found["kernel"] * toward) == pytest.approx(slope, rel=2e-4)
+
+
+def exact_route(router, chosen, kernel, x, valid):
+    """The route's weights in float64; which tokens and experts, as `chosen`."""
+    x = x.astype(np.float64)
+    if isinstance(router, SoftChoice):
+        h = 1.5 * np.einsum("btd,dr->btr", unit(x, -1), unit(kernel, 0))
+        e = np.where(valid[..., None], np.exp(h), 0)
+        dispatch, combine = e / np.maximum(e.sum(axis=1, keepdims=True), 1e-30), np.exp(h)
+        parts = (dispatch, combine / combine.sum(axis=-1, keepdims=True))
+        return type(chosen)(*(part.reshape(B, T, E, -1) for part in parts))
+    e = np.exp(x @ kernel)
+    probs = e / e.sum(axis=-1, keepdims=True)
+    if isinstance(chosen, SlotRoute):
+        tokens = np.asarray(chosen.tokens)
+        weights = np.take_along_axis(probs.reshape(1, -1, E).swapaxes(1, 2), np.maximum(tokens, 0), axis=-1)
+        return SlotRoute(tokens, weights)
+    ids = np.asarray(chosen.ids)
+    scores = e / (1 + e) if router.scores == "sigmoid" else probs
+    weights = np.take_along_axis(scores, ids, axis=-1)
+    return TokenRoute(ids, weights / weights.sum(axis=-1, keepdims=True) if router.renormalize else weights)
+
+
+def unit(x, axis):
+    return x / np.linalg.norm(x, axis=axis, keepdims=True)
+
+
+# --- dropless: rooms for every load
+
+
+def many(E, seed=1):
+    rng, shapes = np.random.default_rng(seed), {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def skewed(E, share, k=2):
+    """Choices among E experts, of which a `share` of the tokens has expert 7 first."""
+    rng = np.random.default_rng(0)
+    liking = rng.random((B, T, E))
+    liking[..., 7] += np.where(rng.random((B, T)) < share, 2, 0)
+    return token_route(np.argsort(-liking, axis=-1)[..., :k])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.4, 1.0])
+def test_every_room_computes_the_same(share):
+    """From even loads to all tokens at one of sixteen experts: each has another form."""
+    x, cotangent, route = draw(B, T, D), draw(B, T, D, seed=8), skewed(16, share)
+    y, stats, gradients = run_back(Sorted(), many(16), x, route, mask(), cotangent)
+    wanted, wanted_stats, wanted_gradients = run_back(Dense(), many(16), x, route, mask(), cotangent)
+    assert_near(np.where(mask()[..., None], y, 0), np.where(mask()[..., None], wanted, 0), "output")
+    assert jax.device_get(stats) == jax.device_get(wanted_stats) and float(stats.dropped) == 0
+    for found, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted_gradients), strict=True):
+        assert_near(found, leaf, "gradient")
+
+
+@pytest.mark.parametrize("share, work", [(0.0, 2.0), (0.3, 4.0), (1.0, 4.0)])
+def test_work_follows_the_assignments(share, work, monkeypatch):
+    """Rows that experts multiply, counted as they run: a few times the assignments whatever the skew (dense: 8 times)."""
+    rows = []
+
+    def counted(params, x):
+        jax.debug.callback(lambda: rows.append(x.shape[0] * x.shape[1] * x.shape[2]))
+        return expert_ffn(params, x)
+
+    monkeypatch.setattr("jaxfw.models.routing.feed_forward.expert_ffn", counted)
+    valid = np.ones((B, T), bool)
+    jax.jit(Sorted()).trace(many(16), draw(B, T, D), skewed(16, share), context(valid))
+    jax.block_until_ready(jax.jit(Sorted())(many(16), draw(B, T, D), skewed(16, share), context(valid)))
+    jax.effects_barrier()
+    assert 2 * B * T <= sum(rows) <= work * 2 * B * T
+
+
+def residual_bytes(function, *args):
+    """What a gradient holds from the forward pass to the backward one."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(function, *args)[1], *args))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def test_gradients_hold_the_operands_alone():
+    """Not the activations of every room: what remains is x, the parameters, and a few numbers an assignment."""
+    x, route, wide = draw(B, 64, D), token_route(width=64), {name: leaf for name, leaf in many(16).items()}
+    held = residual_bytes(lambda p, x, w: Sorted()(p, x, TokenRoute(route.ids, w), context(np.ones((B, 64), bool)))[0],
+                          wide, x, route.weights)  # fmt: skip
+    operands = x.nbytes + sum(leaf.nbytes for leaf in wide.values())
+    numbers = 2 * B * 64 * 4
+    assert held <= operands + 8 * numbers
+    names = [f"{rows},{F}]" for rows in (B * 64,)]
+    assert operands > numbers and names
+
+
+def test_a_second_derivative_goes_through_the_switch():
+    def slope(x):
+        return jax.grad(lambda x: jnp.sum(rooms.switch_again([lambda x, _: x**3, lambda x, _: x], 0, x, ())))(x)
+
+    assert float(jax.grad(slope)(2.0)) == pytest.approx(12.0)
+
+
+def test_a_decode_step_reads_the_experts_that_it_uses():
+    """Few assignments among many experts: no product over all experts in the program, and the reference's numbers."""
+    E, x, valid = 16, draw(2, 1, D), mask([1, 1], width=1)
+    route, cotangent = token_route(np.array([[[5, 3]], [[3, 9]]])[:, :, :], batch=2, width=1), draw(2, 1, D, seed=8)
+    y, stats, gradients = run_back(Sorted(), many(E), x, route, valid, cotangent)
+    wanted, _, derivatives = run_back(Dense(), many(E), x, route, valid, cotangent)
+    assert_near(y, wanted, "output")
+    for found, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(derivatives), strict=True):
+        assert_near(found, leaf, "gradient")
+    text = jax.jit(Sorted()).lower(many(E), x, route, context(valid)).as_text()
+    products = re.findall(r"dot_general.*?: \(tensor<(\d+)x", text)
+    assert products and "16" not in products
+    assert int(stats.kept) == 4
+
+
+# --- small print
+
+
+def test_experts_without_a_gate_are_plain_gelu():
+    plain = {name: leaf for name, leaf in params().items() if name != "gate"}
+    x = draw(E, 3, D)
+    h = np.einsum("ecd,edf->ecf", x, plain["up"]).astype(np.float64)
+    gelu = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    assert_near(expert_ffn(plain, jnp.asarray(x)), np.einsum("ecf,efd->ecd", gelu, plain["down"]), "gelu")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Sorted(0.0), r"experts\.capacity=0\.0"),
+        (lambda: Dense(1.0, group="rows"), r"experts\.group='rows'.*'shard', 'global'"),
+        (lambda: Sorted(1.0, group=0), r"experts\.group=0"),
+        (lambda: Sorted(1.0, multiple=0), r"experts\.multiple=0"),
+        (lambda: Sorted(1.0, group=3)(params(), draw(B, T, D), token_route(), context(mask())), r"groups=3.*8 rows"),
+        (lambda: ExpertParallel(1.0, group="global"), r"group='global'.*Sorted"),
+        (lambda: ExpertParallel()(params(), draw(B, T, D), token_route(), context(mask())), r"ExpertParallel.*'expert'"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+# --- the contract notices
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Sorted):
+    """Experts with one fault."""
+
+
+class CountsPadding(Broken):
+    def __call__(self, params, x, route, context):
+        return super().__call__(params, x, route, RouteContext(jnp.ones_like(context.valid), context.layer))
+
+
+class WeighsByOne(Broken):
+    def __call__(self, params, x, route, context):
+        return super().__call__(params, x, TokenRoute(route.ids, jnp.ones_like(route.weights)), context)
+
+
+class StopsTheRouter(Broken):
+    def __call__(self, params, x, route, context):
+        return super().__call__(params, x, TokenRoute(route.ids, jax.lax.stop_gradient(route.weights)), context)
+
+
+class SwapsExperts(Broken):
+    def __call__(self, params, x, route, context):
+        return super().__call__(params, x, TokenRoute(route.ids[..., ::-1], route.weights), context)
+
+
+class KeepsTheLast(Broken):
+    """Drops the first comers instead of the last."""
+
+    def __call__(self, params, x, route, context):
+        turned = TokenRoute(route.ids[::-1], route.weights[::-1])
+        y, stats = super().__call__(params, x[::-1], turned, RouteContext(context.valid[::-1], context.layer))
+        return y[::-1], stats
+
+
+class DropsTokenByToken(Broken):
+    """Turns go by token, both choices at once, instead of by choice."""
+
+    def __call__(self, params, x, route, context):
+        y, stats = super().__call__(params, x, TokenRoute(route.ids[..., ::-1], route.weights[..., ::-1]), context)
+        return y, stats
+
+
+class ForgetsTheDropped(Broken):
+    def __call__(self, params, x, route, context):
+        y, stats = super().__call__(params, x, route, context)
+        return y, dataclasses.replace(stats, dropped=jnp.zeros_like(stats.dropped))
+
+
+class DropsInSilence(Broken):
+    def __call__(self, params, x, route, context):
+        return Sorted(0.5)(params, x, route, context)
+
+
+class AnswersInFloat32(Broken):
+    def __call__(self, params, x, route, context):
+        y, stats = super().__call__(params, x, route, context)
+        return y.astype(jnp.float32), stats
+
+
+class HasNoEqual(Broken):
+    __hash__ = Broken.__hash__
+
+    def __eq__(self, other):
+        return self is other
+
+
+OUTPUTS = "outputs_and_all_gradients_equal_the_reference"
+NOTICED_BY = {
+    CountsPadding(0.7): OUTPUTS,
+    WeighsByOne(): OUTPUTS,
+    StopsTheRouter(): OUTPUTS,
+    SwapsExperts(): OUTPUTS,
+    KeepsTheLast(0.7): OUTPUTS,
+    DropsTokenByToken(0.7): OUTPUTS,
+    ForgetsTheDropped(0.7): "statistics_count_valid_assignments",
+    DropsInSilence(): "all_tokens_to_one_expert",
+    CountsPadding(): "padding_changes_nothing",
+    AnswersInFloat32(): "the_answer_has_the_dtype_of_x",
+    HasNoEqual(): "experts_are_a_static_value",
+}
+
+
+@pytest.mark.parametrize("broken", NOTICED_BY, ids=repr)
+def test_the_contract_notices(broken):
+    contract = ExpertsContract()
+    contract.experts, contract.kinds = broken, ("token",)
+    with pytest.raises(AssertionError):
+        getattr(contract, f"test_{NOTICED_BY[broken]}")()
