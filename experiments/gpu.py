@@ -4,8 +4,9 @@
     python -m experiments.gpu --smoke      # tiny shapes on any platform; writes nothing
 
 Checks compare float32 on the accelerator with float32 on the host's CPU. Speeds are of a LLaMA of 1.1 B parameters in
-bfloat16: a training step (AdamW, float32 state), prefill, and decoding at batch 1 and 32. Every part has its own entry,
-written as soon as it is there: a part that fails costs only itself. Needs no ml_collections, as GPU images lack it.
+bfloat16: a training step (AdamW, float32 state), prefill, and decoding at batch 1 and 32; and of kernels at the shapes
+of real models. Every part has its own entry, written as soon as it is there: a part that fails costs only itself. Needs
+no ml_collections, as GPU images lack it.
 """
 
 import argparse
@@ -28,6 +29,9 @@ from jaxfw.generate.timing import measure_speed
 from jaxfw.models import DecoderConfig, Rope, forward, init
 from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
 from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step
+from pallas_kernels import decode_attention
+from pallas_kernels._shapes import DECODE_SHAPES, DecodeShape
+from pallas_kernels.decode_attention import reference
 
 RESULTS = Path(__file__).parent / "results" / "gpu" / "core.json"
 SMALL = DecoderConfig(
@@ -51,6 +55,7 @@ class Sizes:
     prompt: int
     new: int
     repeats: int
+    kernels: tuple[str, ...] = ("llama-3.1-8b/8x32768", "qwen2.5-7b/32x32768", "llama-3.1-8b/1x131072")
 
 
 FULL = Sizes(LARGE, batch=4, length=2048, decode_batches=(1, 32), prompt=1024, new=128, repeats=10)
@@ -90,6 +95,47 @@ def check_decode() -> dict[str, Any]:
             differs = (out.argmax(axis=-1) != np.array(new)) & ~is_tie
             wrong += int(differs.any())
     return {"rows that differ": wrong, "bound": 0, "ok": wrong == 0}
+
+
+def _decode_inputs(B: int, H: int, K: int, S: int, d: int, dtype: str) -> tuple[jax.Array, ...]:
+    """q, k, v and lengths: full rows, and from the second on some that are shorter."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((B, H, d), (B, K, S, d), (B, K, S, d))
+    q, k, v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+    return q, k, v, S - jnp.arange(B, dtype=jnp.int32) * (S // (2 * B))
+
+
+def check_kernel() -> dict[str, Any]:
+    """`decode_attention` as this platform runs it beside its reference: difference, in float32 and bfloat16."""
+    bounds, errors = {"float32": 1e-5, "bfloat16": 1e-2}, {}
+    for dtype in bounds:
+        q, k, v, lengths = _decode_inputs(3, 28, 4, 1000, 80, dtype)
+        run = jax.jit(lambda q, k, v, n: decode_attention(q, k, v, lengths=n, scale=0.1, return_mass=True))
+        with jax.default_matmul_precision("highest"):
+            pairs = zip(*map(jax.tree.leaves, (run(q, k, v, lengths), reference(q, k, v, lengths=lengths, scale=0.1))))
+            errors[dtype] = max(float(jnp.max(jnp.abs(a.astype(jnp.float32) - b))) for a, b in pairs)
+    return {"errors": errors, "bounds": bounds, "ok": all(errors[dtype] <= bounds[dtype] for dtype in bounds)}
+
+
+def time_kernel(sizes: Sizes) -> dict[str, Any]:
+    """`decode_attention` against XLA's form of it on the same cache: seconds, bytes of cache read per second, ratio."""
+    rows = {}
+    for name in sizes.kernels:
+        shape = DECODE_SHAPES[name] if sizes.model is LARGE else DecodeShape(2, 8, 2, 256, 64)
+        q, k, v, lengths = _decode_inputs(shape.B, shape.H, shape.K, shape.S, shape.d, "bfloat16")
+        seconds = {}
+        for impl in (None, "xla"):
+            run = jax.jit(lambda q, k, v, n, impl=impl: decode_attention(q, k, v, lengths=n, scale=0.1, impl=impl).out)
+            times = []
+            for _ in range(sizes.repeats + 2):
+                begun = time.perf_counter()
+                run(q, k, v, lengths).block_until_ready()
+                times.append(time.perf_counter() - begun)
+            seconds[impl or "chosen"] = float(np.median(times[2:]))
+        read = 4 * shape.K * shape.d * int(lengths.sum())
+        ratio = seconds["xla"] / seconds["chosen"]
+        rows[name] = {"seconds": seconds, "bytes_per_second": read / seconds["chosen"], "faster_than_xla": ratio}
+    return rows
 
 
 def time_training(sizes: Sizes) -> dict[str, Any]:
@@ -144,6 +190,8 @@ def main(argv: list[str]) -> int:
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "forward equals the CPU's": check_forward,
         "decoding equals whole forwards": check_decode,
+        "decode_attention equals its reference": check_kernel,
+        "decode_attention": lambda: time_kernel(sizes),
         "training step": lambda: time_training(sizes),
         **{f"generation, batch {b}": lambda b=b: time_generation(sizes, b) for b in sizes.decode_batches},
     }

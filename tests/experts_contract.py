@@ -3,8 +3,8 @@
     class TestMine(ExpertsContract):
         experts = Mine()
 
-What cannot take every kind of route says which it takes: `kinds = ("token",)`. One that drops has a `capacity`, and says
-in `groups` among how many groups of rows it counts. One that needs a mesh overrides `mesh`.
+What cannot take every kind of route says which it takes: `kinds = ("token",)`. One that drops has a `capacity`, and
+says in `groups` among how many groups of rows it counts. One that needs a mesh overrides `mesh`.
 
 The oracle is plain numpy in float64: a loop over tokens, with the derivatives written out by hand.
 """
@@ -148,7 +148,7 @@ def token_route(ids=None, *, batch=B, width=T, seed=3):
     """Random different choices, the first expert wanted more than the others; or the given ones."""
     rng = np.random.default_rng(seed)
     if ids is None:
-        liking = rng.random((batch, width, E)) + [0.5, 0, 0, 0.2]
+        liking = rng.random((batch, width, E)) + np.array([0.5, 0, 0, 0.2])
         ids = np.argsort(-liking, axis=-1)[..., :K]
     ids = np.broadcast_to(np.asarray(ids, np.int32), (batch, width, np.shape(ids)[-1]))
     return TokenRoute(ids, rng.random(ids.shape).astype(np.float32) + 0.1)
@@ -180,17 +180,14 @@ def context(valid):
 
 def with_junk(x, valid, size):
     """The same valid tokens, something else and large in the padding."""
-    return np.where(valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, (size * draw(*x.shape, seed=9)).astype(x.dtype))
+    return np.where(
+        valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), x, (size * draw(*x.shape, seed=9)).astype(x.dtype)
+    )
 
 
 def assert_near(found, wanted, what, rtol=RTOL):
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=rtol * max(np.abs(wanted).max(), 1e-3), err_msg=what)
-
-
-@functools.partial(jax.jit, static_argnames="experts", compiler_options=FAST_TO_COMPILE)
-def run(experts, params, x, route, valid):
-    return experts(params, x, route, context(valid))
 
 
 @functools.partial(jax.jit, static_argnames="experts", compiler_options=FAST_TO_COMPILE)
@@ -268,8 +265,7 @@ class ExpertsContract:
     def test_statistics_count_valid_assignments(self):
         valid = mask()
         for route in self.routes(valid):
-            with self.mesh():
-                stats = jax.device_get(run(self.experts, params(), draw(B, T, D), route, valid)[1])
+            _, stats, _ = self.back(draw(B, T, D), route, valid, draw(B, T, D, seed=8))
             assert {np.shape(leaf) for leaf in jax.tree.leaves(stats)} == {()}
             if isinstance(route, TokenRoute):
                 load = np.bincount(route.ids[valid].ravel(), minlength=E)
@@ -310,10 +306,9 @@ class ExpertsContract:
             valid = mask([1, 1, 1, 0, 1, 1, 1, 1], width=1)
             self.check(draw(B, 1, D), token_route(width=1), valid)
 
-    def test_every_expert_and_only_one(self):
+    def test_every_token_to_every_expert(self):
         if "token" in self.kinds:
             self.check(draw(B, T, D), token_route([3, 1, 0, 2]), mask())
-            self.check(draw(B, T, D), token_route([1]), mask())
 
     def test_nothing_valid_is_nothing_done(self):
         valid = np.zeros((B, T), bool)
@@ -322,15 +317,19 @@ class ExpertsContract:
             assert all(np.all(leaf == 0) for leaf in jax.tree.leaves((stats, gradients)))
 
     def test_the_answer_has_the_dtype_of_x(self):
-        for route in self.routes(mask()):
-            with self.mesh():
-                args = params(), jnp.asarray(draw(B, T, D), jnp.bfloat16), route, mask()
-                y, _ = run(self.experts, *args)
-            wanted, _ = expected(*args, np.zeros((B, T, D)), self.kept(route, mask()))
-            assert y.dtype == jnp.bfloat16
-            inside = mask()[..., None]
-            # bfloat16 has 8 bits: three products and a sum, each rounded.
-            assert_near(np.where(inside, y, 0), np.where(inside, wanted, 0), "bfloat16", rtol=2e-2)
+        x, route, valid = jnp.asarray(draw(B, T, D), jnp.bfloat16), self.routes(mask())[0], mask()
+
+        @functools.partial(jax.jit, compiler_options=FAST_TO_COMPILE)
+        def run(params, x, route, valid):
+            return self.experts(params, x, route, context(valid))[0]
+
+        with self.mesh():
+            y = run(params(), x, route, valid)
+        wanted, _ = expected(params(), x, route, valid, np.zeros(x.shape), self.kept(route, valid))
+        assert y.dtype == jnp.bfloat16
+        # bfloat16 has 8 bits: three products and a sum, each rounded.
+        inside = valid[..., None]
+        assert_near(np.where(inside, y, 0), np.where(inside, wanted, 0), "bfloat16", rtol=2e-2)
 
     def test_a_route_of_another_kind_is_refused_by_name(self):
         with self.mesh(), pytest.raises(InputError) as caught:

@@ -1,4 +1,4 @@
-"""A program for eight devices: for each cache policy, how far a mesh is from one device, and what each device holds.
+"""A program for eight devices: for each cache policy, how far the named mesh is from one device, and what it holds.
 
 Run by tests/test_cache_mesh.py in a process of its own, as jax fixes the number of its devices when it starts.
 """
@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,11 +21,12 @@ from jaxfw.core.sharding import shardings
 from jaxfw.models import DecoderConfig, forward, init
 from jaxfw.models.cache import FullCache, Int8Cache, RandomCache, RingCache
 from jaxfw.models.sharding import batch_shardings, cache_shardings, decoder_rules
+from tests.cache_page import page_module
 
 CONFIG = DecoderConfig(
     vocab=64, width=32, ffn=48, layers=2, heads=8, kv_heads=4, head_dim=8, positions=128, init_std=0.3
 )
-POLICIES = (FullCache(), RingCache(6), RandomCache(6), Int8Cache())
+POLICIES = (FullCache(), RingCache(6), RandomCache(6), Int8Cache(), page_module().SinkCache(2, 4))
 MESHES = {"tensor=4": dict(tensor=4), "data=2,tensor=4": dict(data=2, tensor=4)}
 B, ROOM = 4, 32
 TEXT = np.random.default_rng(0).integers(0, CONFIG.vocab, (B, 24), np.int32)
@@ -32,9 +34,7 @@ TEXT = np.random.default_rng(0).integers(0, CONFIG.vocab, (B, 24), np.int32)
 CALLS = ((16, (9, 4, 1, 16)), (1, (1, 1, 1, 1)), (5, (5, 2, 0, 3)))
 
 
-@functools.partial(
-    jax.jit, static_argnames="policy", compiler_options={"xla_backend_optimization_level": 0}
-)
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def run(policy, params, tokens, lengths, key, cache=None):
     out = forward(CONFIG, params, tokens, lengths=lengths, policy=policy, cache=cache, room=ROOM, key=key)
     valid = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -49,9 +49,9 @@ def calls(policy, params, mesh=None):
         if mesh is not None:
             inputs = jax.device_put(inputs, batch_shardings(mesh, inputs))
         arguments = (params, inputs["tokens"], inputs["lengths"], jax.random.key(1), cache)
-        if mesh is not None:
-            programs.append(run.lower(policy, *arguments).compile().as_text())
-        out, cache = run(policy, *arguments)
+        program = run.lower(policy, *arguments).compile()
+        out, cache = program(*arguments)
+        programs.append(program.as_text())
         logits.append(np.asarray(out))
         caches.append(cache)
     return logits, caches, programs
@@ -65,21 +65,21 @@ def is_laid_out(mesh, cache):
 
 
 def held(cache):
-    """Bytes of the arrays of three axes or more: in all, and on the device that has most of them."""
+    """Bytes of the arrays of three axes or more on the device that has most of them."""
     leaves = [x for x in jax.tree.leaves(cache) if x.ndim >= 3]
-    return sum(x.nbytes for x in leaves), sum(max(shard.data.nbytes for shard in x.addressable_shards) for x in leaves)
+    return sum(max(shard.data.nbytes for shard in x.addressable_shards) for x in leaves)
 
 
-def compare(policy, params, name):
-    sizes = MESHES[name]
+def compare(policy, params, sizes):
     mesh = make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
-    expected, _, _ = calls(policy, params)
+    expected, whole, _ = calls(policy, params)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(decoder_rules(CONFIG), mesh, params))
         ours, caches, programs = calls(policy, placed, mesh)
     moved = re.findall(r"(all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", "".join(programs))
     return {
         "errors": [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, expected)],
+        "whole": [held(cache) for cache in whole],
         "held": [held(cache) for cache in caches],
         "laid out": [is_laid_out(mesh, cache) for cache in caches],
         "moved": sorted(set(moved)),
@@ -88,5 +88,5 @@ def compare(policy, params, name):
 
 if __name__ == "__main__":
     weights = jax.jit(init, static_argnums=0)(CONFIG, jax.random.key(0))
-    found = {str(policy): {name: compare(policy, weights, name) for name in MESHES} for policy in POLICIES}
+    found = {str(policy): compare(policy, weights, MESHES[sys.argv[1]]) for policy in POLICIES}
     print(json.dumps(found))

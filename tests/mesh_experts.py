@@ -52,22 +52,20 @@ class TestDrops(OnMesh):
     groups = 4
 
 
-class TestSmallerGroupsAndMultiples(OnMesh):
-    experts = ExpertParallel(0.7, group=8, multiple=2)
-    sizes = {"fsdp": 2, "expert": 2, "tensor": 2}  # noqa: RUF012
-    groups = 8
+LAYOUTS = [
+    (ExpertParallel(0.7, group=8, multiple=2), {"fsdp": 2, "expert": 2, "tensor": 2}, 8, ("token",)),
+    (ExpertParallel(0.9), {"expert": 8}, 8, ("token", "slot", "soft")),  # four experts and four that are added
+    (Sorted(0.7), {"data": 2, "expert": 2, "tensor": 2}, 4, ("token",)),
+]
 
 
-class TestExpertsThatDoNotDivide(OnMesh):
-    experts = ExpertParallel(0.9)
-    sizes = {"expert": 8}  # noqa: RUF012
-    groups = 8
-
-
-class TestSortedOnAMesh(OnMesh):
-    experts = Sorted(0.7)
-    sizes = {"data": 2, "expert": 2, "tensor": 2}  # noqa: RUF012
-    groups = 4
+@pytest.mark.parametrize("experts, sizes, groups, kinds", LAYOUTS, ids=repr)
+def test_other_layouts(experts, sizes, groups, kinds):
+    contract = OnMesh()
+    contract.experts, contract.sizes, contract.groups, contract.kinds = experts, sizes, groups, kinds
+    contract.test_outputs_and_all_gradients_equal_the_reference()
+    contract.test_statistics_count_valid_assignments()
+    contract.test_padding_changes_nothing()
 
 
 # --- what the compiled program moves
@@ -84,7 +82,9 @@ def placed(mesh, params, x, route, valid, cotangent):
     specs = {"gate": Spec("expert", None, "tensor"), "up": Spec("expert", None, "tensor")}
     specs["down"] = Spec("expert", "tensor", None)
     held = {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in params.items()}
-    rows = jax.tree.map(lambda leaf: jax.device_put(leaf, NamedSharding(mesh, Spec(ROWS))), (x, route, valid, cotangent))
+    rows = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, NamedSharding(mesh, Spec(ROWS))), (x, route, valid, cotangent)
+    )
     return held, *rows
 
 
@@ -142,11 +142,11 @@ def test_experts_that_are_full_run_one_after_the_other():
 def test_drops_are_those_of_the_loop():
     """Which assignments were dropped, seen in the answers: experts that return their input, one-hot weights."""
     E, mesh = 4, make_mesh(data=2, expert=4)
-    route = token_route([2, 0])
+    route, run = token_route([2, 0]), jax.jit(ExpertParallel(0.9), compiler_options=FAST_TO_COMPILE)
     for j in range(2):
         only = TokenRoute(route.ids, np.eye(2, dtype=np.float32)[j] * np.ones((B, T, 1), np.float32))
         with jax.set_mesh(mesh):
-            y, _ = jax.jit(ExpertParallel(0.9))(weights(E), draw(B, T, D), only, context(mask()))
+            y, _ = run(weights(E), draw(B, T, D), only, context(mask()))
         kept = kept_by_loop(route.ids, mask(), 0.9, groups=8)[..., j]
         np.testing.assert_array_equal(np.any(np.asarray(y) != 0, axis=-1) & mask(), kept)
 
@@ -169,7 +169,9 @@ def test_router_and_experts_together(router):
     with jax.set_mesh(mesh):
         params, x_held, _, valid_held, _ = placed(mesh, weights(E), x, token_route(), valid, cotangent)
         found = losses(ExpertParallel(), kernel, params, x_held, valid_held)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(losses(Sorted(), kernel, weights(E), x, valid)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(found), jax.tree.leaves(losses(Sorted(), kernel, weights(E), x, valid)), strict=True
+    ):
         assert_near(a, b, "router and experts")
 
 

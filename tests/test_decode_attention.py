@@ -41,7 +41,7 @@ def draw_case(number: int) -> Case:
     }
     dtype = "bfloat16" if number % 4 == 3 else "float32"
     size = "".join(f"{letter}{value}" for letter, value in sizes.items())
-    return Case(f"{number} {size} {dtype}", tuple(sizes.items()), tuple(options.items()), dtype)
+    return Case(f"{number} {size} {dtype}", sizes, options, dtype)
 
 
 def real_shape(name: str, **options):
@@ -66,7 +66,7 @@ class TestDecodeAttention(KernelContract):
     differentiable = ("q", "k", "v")
 
     def arguments(self, case, rng):
-        sizes, options = dict(case.sizes), dict(case.options)
+        sizes, options = case.sizes, dict(case.options)
         B, K, S, d = (sizes[letter] for letter in "BKSd")
         lengths = rng.integers(0, S + 1, (B, K) if options.pop("per_head") else B)
         lengths.flat[0] = (0, 1, S)[len(case.name) % 3]
@@ -237,6 +237,7 @@ from jaxfw.core import hlo
 from jaxfw.core.mesh import make_mesh
 from pallas_kernels import decode_attention
 from pallas_kernels.decode_attention import Config, reference
+from tests.kernel_contract import fast_jit
 
 def decode(q, k, v, lengths, impl="interpret"):
     return decode_attention(q, k, v, lengths=lengths, scale=.3, return_mass=True, impl=impl, config=Config(16, 2))
@@ -251,7 +252,6 @@ def problem(B, K):
     shapes = (B, 2 * K, 16), (B, K, 40, 16), (B, K, 40, 16)
     return *(rng.standard_normal(s).astype(np.float32) for s in shapes), rng.integers(0, 41, (B, K)).astype(np.int32)
 
-fast = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 out = {}
 for name, B, K, axes, fn in (
     ("tensor", 2, 8, {"tensor": 8}, decode),
@@ -266,7 +266,7 @@ for name, B, K, axes, fn in (
     heads = "tensor" if name != "indivisible" else None
     placed = [jax.device_put(x, NamedSharding(mesh, P(rows, heads))) for x in arrays]
     with jax.set_mesh(mesh):
-        compiled = jax.jit(fn, compiler_options=fast).lower(*placed).compile()
+        compiled = fast_jit(fn).lower(*placed).compile()
         got = compiled(*placed)
     wanted = reference(*arrays[:3], lengths=arrays[3], scale=.3)
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted))  # exponentials, since lse may be -inf

@@ -14,6 +14,8 @@ def test_its_parts_run_on_tiny_shapes_and_write_nothing(capsys, monkeypatch, tmp
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert json.loads(lines["forward equals the CPU's"])["ok"]
     assert json.loads(lines["decoding equals whole forwards"])["ok"]
+    assert json.loads(lines["decode_attention equals its reference"])["ok"]
+    assert json.loads(lines["decode_attention"])["llama-3.1-8b/8x32768"]["faster_than_xla"] > 0
     assert json.loads(lines["training step"])["tokens_per_second"] > 0
     assert not list(tmp_path.iterdir())
 

@@ -49,8 +49,8 @@ def test_ties_go_to_the_lower_expert():
 
 @QUICK
 @given(
-    st.integers(0, 5000), st.integers(1, 8), st.integers(1, 64), st.sampled_from([0.1, 0.5, 1.0, 1.1, 1.25, 2.0, 0.333]),
-    st.sampled_from([1, 4, 6]),
+    st.integers(0, 5000), st.integers(1, 8), st.integers(1, 64),
+    st.sampled_from([0.1, 0.5, 1.0, 1.1, 1.25, 2.0, 0.333]), st.sampled_from([1, 4, 6]),
 )  # fmt: skip
 def test_capacity_is_exact_for_numbers_and_traced_counts(tokens, k, experts, factor, multiple):
     wanted = room_of(tokens, factor, k, experts, multiple)
@@ -69,7 +69,7 @@ def test_capacity_of_very_many_tokens():
 @given(st.integers(0, 2**32), st.floats(0, 3), st.floats(0, 1))
 def test_turns_are_those_of_the_loop(seed, skew, padding):
     rng = np.random.default_rng(seed)
-    ids = np.argsort(-(rng.random((B, T, E)) + [skew, 0, 0, 0]), axis=-1)[..., :2].astype(np.int32)
+    ids = np.argsort(-(rng.random((B, T, E)) + np.array([skew, 0, 0, 0])), axis=-1)[..., :2].astype(np.int32)
     valid = rng.random((B, T)) >= padding
     found = np.asarray(turns(ids.reshape(2, -1, 2), valid.reshape(2, -1))).reshape(ids.shape)
     assert np.all((found == -1) == ~valid[..., None])

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments import sharding as experiment
 from jaxfw.core.errors import InputError
 from jaxfw.core.mesh import abstract_mesh
 from jaxfw.core.sharding import Rule, match, shardings, state_shardings, table
@@ -138,6 +139,16 @@ def test_what_is_large_and_replicated_all_the_same_is_listed_with_its_reason():
     found = table(decoder_rules(config), abstract_mesh(tensor=16), shapes_of(config))
     large = {row.pattern: (row.count, row.why) for row in found.rows if row.bytes_per_device == row.bytes > MIB}
     assert large == {r"layers(_\d+)?/attn/[kv]/kernel": (64, "8 blocks of 128 over tensor=16")}
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "mixtral-8x7b"])
+def test_the_committed_tables_are_those_of_today(name):
+    committed = json.loads(experiment.RESULTS.read_text())["presets"]
+    assert set(committed) == set(PRESETS)
+    for mesh in experiment.MESHES:
+        found = experiment.layout(name, mesh)
+        assert committed[name][mesh]["bytes_per_device"] == found.bytes_per_device
+        assert committed[name][mesh]["table"] == str(found).splitlines()
 
 
 def test_every_parameter_of_a_decoder_with_everything_has_one_rule():

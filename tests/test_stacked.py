@@ -146,7 +146,7 @@ def test_what_cannot_be_stacked_is_refused():
     dense = shapes_of(DENSE)
     together = jax.eval_shape(stack_layers, dense)
     with pytest.raises(InputError, match="stacked layers cannot fill or read a cache: unstack_layers"):
-        forward(DENSE, together, TOKENS, policy=FullCache())
+        jax.eval_shape(lambda params: forward(DENSE, params, TOKENS, policy=FullCache()).logits, together)
     with pytest.raises(InputError, match=r"params have no layers_0, layers_1, \.\.\.: they hold embed, head, layers"):
         stack_layers(together)
     with pytest.raises(InputError, match=r"params have no stacked layers: they hold .*layers_0"):

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +45,8 @@ from tests.taps_program import (
     stacked,
     without_padding,
 )  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
 
 
 @functools.partial(compiled, static_argnums=0)
@@ -287,6 +293,52 @@ def test_positions_are_true_ones_while_decoding():
     for i, b, p in np.ndindex(2, B, 3):
         position = collect.pos[b, p]
         close(total[i, b, p], values[i][b, position] if position >= 0 else np.zeros(16))
+
+
+# --- on a mesh
+
+ON_A_MESH = """
+import jax, numpy as np
+from jaxfw.core.mesh import make_mesh
+from jaxfw.core.sharding import shardings
+from jaxfw.models import Edit, forward
+from jaxfw.models.sharding import decoder_rules
+from tests.taps_program import *
+
+def run(params, settings, scale):
+    losses = jax.vmap(lambda taps: loss(MIXED, params, taps))(settings)
+    taps = forward(MIXED, params, TOKENS, lengths=LENGTHS, taps=collects).taps
+    return losses, taps, jax.grad(lambda x: loss(MIXED, params, (Edit("attn/head_out", x, "scale"),)))(scale)
+
+alone, collects, params = one_at_a_time(MIXED), all_collects(MIXED), params_of(MIXED)
+mesh = make_mesh(data=2, tensor=2, devices=jax.devices()[:4])
+placed = jax.device_put(params, shardings(decoder_rules(MIXED), mesh, params))
+query = placed["layers_0"]["attn"]["q"]["kernel"]
+assert query.addressable_shards[0].data.size * 2 == query.size
+with jax.set_mesh(mesh):
+    losses, taps, gradient = jax.device_get(compiled(run)(placed, stacked(alone), np.ones((4, 1), np.float32)))
+for n, edits in enumerate(alone):
+    assert abs(losses[n] - numpy_loss(MIXED, as_dicts(edits))) < 1e-4, (edits[n].site, edits[n].op)
+expected = numpy_collected(MIXED, collects, [(TOKENS, LENGTHS)])
+jax.tree.map(close, without_padding(collects, taps), expected)
+scale_by = {"site": "attn/head_out", "op": "scale"}
+sides = [
+    [numpy_loss(MIXED, [{**scale_by, "value": 1 + way * np.eye(4)[h][:, None]}]) for h in range(4)]
+    for way in (1e-5, -1e-5)
+]
+close(gradient[:, 0], (np.array(sides[0]) - sides[1]) / 2e-5, 1e-4)
+print("equal on", len(alone), "edits and", len(collects), "collections")
+"""
+
+
+def test_on_a_mesh_of_data_and_tensor():
+    """Every edit and collection where rows, heads and feed-forward are cut in two."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "equal on 64 edits and 55 collections" in done.stdout
 
 
 # --- what is refused
