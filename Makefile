@@ -4,8 +4,6 @@ WORKDIR ?= runs/quickstart
 CUDA ?= cuda13
 PIP = -m pip install --quiet --disable-pip-version-check
 # compat: otherwise a script in the folder above a clone named jaxfw imports that folder, an empty namespace.
-# cuDNN alone compiles attention for a GPU; with its dependencies it is three times as large.
-CUDNN = --no-deps nvidia-cudnn-cu13
 # jax's CUDA plugin, where it is installed to compile without a GPU, would complain that it finds no driver.
 export JAX_SKIP_CUDA_CONSTRAINTS_CHECK ?= 1
 EDITABLE = --config-settings editable_mode=compat --editable
@@ -28,7 +26,6 @@ demo: install  ## train a small LLaMA, save, load, generate; page in runs/quicks
 
 .venv/dev: .venv/installed
 	$(BIN) $(PIP) $(EDITABLE) '.[dev,aot]'
-	$(BIN) $(PIP) $(CUDNN)
 	touch $@
 test: .venv/dev  ## lint, types, unit tests, doctests
 	$(BIN) -m ruff check .

@@ -9,6 +9,6 @@ Attention over a prompt is left to cuDNN, norms and gated units to XLA, which ar
 """
 
 from pallas_kernels._dispatch import IMPLS
-from pallas_kernels.decode_attention import Decoded, decode_attention
+from pallas_kernels.decode_attention import Decoded, decode_attention, decode_attention_plan
 
-__all__ = ["IMPLS", "Decoded", "decode_attention"]
+__all__ = ["IMPLS", "Decoded", "decode_attention", "decode_attention_plan"]

@@ -11,8 +11,8 @@ is never read.
 With `return_mass` it also leaves its logits; mass[b, k, s] = sum of p[h, s] over the G heads is made from these after
 the merge. It costs no second pass over the keys.
 
-Per call, with n visible slots a head in all (sum over B, K): 4 n G d FLOPs; bytes read 2 n d (2-byte keys and values),
-written and read again 8 splits B H d, and 8 n G for the mass: bound by memory for every G of a real model.
+Per call, with n visible slots in all (summed over B and K): 4 n G d FLOPs; 4 n d bytes read (2-byte keys and values),
+8 P B H d written and read again, and 8 n G for the mass. G FLOPs a byte: bound by memory in every real model.
 
 Axes: B batch, S cache length, K key heads, H query heads, G = H / K, d head width, P parts (splits).
 """

@@ -8,19 +8,22 @@
         def arguments(self, case, rng): ...     # arrays (float32) by name, then options
         def reference(self, arrays, options): ...
 
-`impl="interpret"` shows that a kernel's arithmetic is right, compiling that it lowers and fits. Speed and races show
-on a GPU only.
+`impl="interpret"` shows that a kernel's arithmetic is right and that it stays within its arrays, compiling that it
+lowers and fits. Speed and races show on a GPU only.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels._dispatch import IMPLS
 
@@ -62,6 +65,34 @@ def assert_close(got: Any, wanted: Any, dtype: str, *, what: str) -> None:
 
 def fast_jit(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(fn, compiler_options=FAST_TO_COMPILE)
+
+
+@contextlib.contextmanager
+def poisoned_bounds() -> Iterator[None]:
+    """While a Triton body is traced: what it loads beyond an array is NaN, and storing there leaves NaN in the array.
+
+    Interpreted, such accesses are moved inside or dropped; on a GPU they read and overwrite other arrays.
+    """
+    load, store = plt.load, plt.store
+
+    def outside(ref, mask):
+        *_, indexer = ref.transforms
+        pairs = [(i, size) for i, size in zip(indexer.indices, indexer.shape, strict=True) if isinstance(i, jax.Array)]
+        beyond = functools.reduce(jnp.logical_or, [(i < 0) | (i >= size) for i, size in pairs], jnp.bool_(False))
+        return beyond if mask is None else beyond & mask
+
+    def checked_load(ref, *, mask=None, **options):
+        loaded = load(ref, mask=mask, **options)
+        return jnp.where(outside(ref, mask), jnp.array(jnp.nan, loaded.dtype), loaded)
+
+    def checked_store(ref, value, *, mask=None, **options):
+        # Writes go in order, so that NaN stays in the first element, whose own value comes before.
+        beyond = outside(ref, mask)
+        inside = ref.ref.at[tuple(jnp.where(beyond, 0, i) for i in ref.transforms[-1].indices)]
+        store(inside, jnp.where(beyond, jnp.nan, value), mask=mask, **options)
+
+    with mock.patch.multiple(plt, load=checked_load, store=checked_store):
+        yield
 
 
 def _weighted(outputs: Any) -> Any:
@@ -113,7 +144,8 @@ class KernelContract:
 
     def check(self, case: Case, impl: str | None) -> None:
         arrays, options = self.problem(case)
-        got = fast_jit(lambda arrays: self.call(arrays, options, impl))(arrays)
+        with poisoned_bounds():
+            got = fast_jit(lambda arrays: self.call(arrays, options, impl))(arrays)
         wanted = self.wanted(case)
         paths = jax.tree_util.tree_leaves_with_path(got)
         for (path, mine), right in zip(paths, jax.tree.leaves(wanted), strict=True):

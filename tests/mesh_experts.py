@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("tests.experts_contract")
 from jaxfw.core.errors import InputError  # noqa: E402
 from jaxfw.core.mesh import make_mesh  # noqa: E402
 from jaxfw.models.routing import Dense, ExpertChoice, ExpertParallel, Sorted, TokenChoice, TokenRoute  # noqa: E402
+from jaxfw.ops import routing  # noqa: E402
 from tests.experts_contract import (  # noqa: E402
     FAST_TO_COMPILE,
     ExpertsContract,
@@ -168,11 +169,19 @@ def test_router_and_experts_together(router):
 
     with jax.set_mesh(mesh):
         params, x_held, _, valid_held, _ = placed(mesh, weights(E), x, token_route(), valid, cotangent)
-        found = losses(ExpertParallel(), kernel, params, x_held, valid_held)
+        args = ExpertParallel(), kernel, params, x_held, valid_held
+        found = losses(*args)
+        assert "all-gather" not in collectives(losses.lower(*args).compile().as_text()), "a router is local to its rows"
     for a, b in zip(
         jax.tree.leaves(found), jax.tree.leaves(losses(Sorted(), kernel, weights(E), x, valid)), strict=True
     ):
         assert_near(a, b, "router and experts")
+
+
+def test_ties_go_to_the_lower_expert_on_a_mesh_too():
+    scores = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.4, 0.1]])
+    with jax.set_mesh(make_mesh(data=8)):
+        assert jax.jit(routing.choose, static_argnums=1)(scores, 3).tolist() == [[0, 1, 2], [1, 2, 0]]
 
 
 def test_refusals_name_the_remedy():

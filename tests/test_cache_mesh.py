@@ -14,7 +14,6 @@ SHARES = {"tensor=4": 4, "data=2,tensor=4": 8}
 POLICIES = [
     "FullCache()", "RingCache(window=6)", "RandomCache(budget=6)", "Int8Cache()", "SinkCache(sinks=2, recent=4)",
 ]  # fmt: skip
-MESHES = ["tensor=4", pytest.param("data=2,tensor=4", marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -26,7 +25,8 @@ def found(mesh):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", SHARES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_mesh_equals_one_device_and_holds_its_share(policy, mesh):
     case = found(mesh)[policy]

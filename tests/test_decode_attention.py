@@ -139,6 +139,14 @@ def test_what_lies_outside_the_window_or_behind_the_length_does_not_matter(impl)
     jax.tree.map(np.testing.assert_array_equal, clean, soiled)
 
 
+@pytest.mark.parametrize("impl", ["xla", "interpret"])
+def test_lengths_beyond_the_cache_are_its_length(impl):
+    q, k, v = example()
+    options = {"scale": 0.3, "window": 9, "return_mass": True, "impl": impl}
+    beyond, full = (decode(q, k, v, jnp.array(lengths), **options) for lengths in ([71, 5, 1000], [70, 5, 70]))
+    jax.tree.map(np.testing.assert_array_equal, beyond, full)
+
+
 @pytest.mark.parametrize("config", [Config(16, 1), Config(16, 5), Config(64, 9), Config(128, 1)], ids=str)
 def test_parts_and_blocks_do_not_matter(config):
     q, k, v = example()

@@ -84,6 +84,21 @@ def test_everything_that_can_be_collected_equals_numpy():
     jax.tree.map(close, together, [x for tap, x in zip(collects, of_both, strict=True) if tap.reduce])
 
 
+def test_statistics_are_float32_and_within_the_window():
+    config = dataclasses.replace(DENSE, window=3)
+    _, (lse, heads) = run_tapped(config, [Collect("attn/lse"), Collect("attn/head_out", layers=(0, 0))])
+    values = numpy_values(config)
+    for i in range(config.layers):
+        close(lse[i][VALID], values["attn/lse"][i][VALID])
+    close(heads[0][VALID], values["attn/head_out"][0][VALID])
+    half, taps = (
+        dataclasses.replace(MIXED, dtype="bfloat16"),
+        [Collect("attn/lse"), Collect("moe/probs"), Collect("embed")],
+    )
+    out = jax.eval_shape(lambda p: forward(half, p, TOKENS, taps=taps).taps, params_of(MIXED))
+    assert [str(x.dtype) for x in out] == ["float32", "float32", "bfloat16"]
+
+
 def test_moments_of_empty_batches_add_nothing():
     some, none = Moment(jnp.full((2, 3), 4.0), jnp.array([2.0, 0.0])), Moment(jnp.full((2, 3), 7.0), jnp.zeros(2))
     np.testing.assert_array_equal((some + none).value[0], some.value[0])
@@ -256,7 +271,13 @@ def test_one_trace_for_each_kind_of_layer():
             Edit("resid/mid", jnp.asarray(rng.normal(size=16), jnp.float32), "add", layers=(first, last)),
             Edit("attn/v", jnp.float32(0), "scale", pos=rng.integers(-1, T, (B, P)), rows=np.array([first > 0, True])),
         )
-        outs.append(np.asarray(trunk(config, params, x, step, taps=taps, run_layer=run_layer).x))
+        taps += (Collect("resid/out"), Collect("resid/out", layers=(1, 2)))
+        held = empty(config, taps, B, T)
+        out = trunk(config, params, x, step, taps=taps, collected=held, run_layer=run_layer)
+        everywhere, between = out.collected
+        np.testing.assert_array_equal(between, everywhere[1:3])
+        np.testing.assert_array_equal(out.x, everywhere[3])
+        outs.append(np.asarray(out.x))
     assert sorted(traces) == [False, True]
     assert np.abs(outs[0] - outs[1]).max() > 0.1
 

@@ -129,6 +129,9 @@ def _stack(layers: list[dict[str, Array]]) -> dict[str, Array]:
 def _scan(stacked, config, x, step, options, router_states, collected, run_layer) -> TrunkOutput:
     """The layers as one `lax.scan`: traced and compiled once, whatever their number."""
     names = [f"layers_{i}" for i in range(config.layers)]
+    missing = [name for name in names if name not in router_states]
+    if router_states and missing:
+        raise InputError(f"state has no {', '.join(missing)}: give what router_states(config, router) gives.")
     given = [router_states[name] for name in names] if router_states else None
     stacked_states = jax.tree.map(lambda *x: jnp.stack(x), *given) if given else None
 

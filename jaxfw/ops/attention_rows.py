@@ -42,8 +42,7 @@ def attention_lse(
     B, T, H, _ = q.shape
 
     def block(total, q, positions):
-        # The last block's filling sees the first key: the log of nothing would be infinite, its gradient NaN.
-        logits, visible = _logits(q, k, jnp.maximum(positions, 0), scale, window)
+        logits, visible = _logits(q, k, positions, scale, window)
         lse = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
         return total, lse.reshape(B, H, -1).swapaxes(1, 2)
 

@@ -29,7 +29,11 @@ def choose(scores: Float[Array, "... E"], k: int) -> Int[Array, "... k"]:
     >>> choose(jnp.array([0.1, 0.4, 0.1, 0.4]), 3).tolist()
     [1, 3, 0]
     """
-    return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1]
+    scores = jax.lax.stop_gradient(scores)
+    if jax.sharding.get_abstract_mesh().size > 1:
+        # XLA cuts a sort along its rows; for a top_k it gathers all of them on every device.
+        return jnp.argsort(scores, axis=-1, descending=True, stable=True)[..., :k]
+    return jax.lax.top_k(scores, k)[1]
 
 
 def take(values: Float[Array, "... E"], ids: Int[Array, "... k"]) -> Float[Array, "... k"]:

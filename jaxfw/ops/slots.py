@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
+from jaxfw.core.mesh import BATCH_AXES, constrain
 from jaxfw.core.shapes import Array, Float, Int
 from jaxfw.ops.attention import attend
 from pallas_kernels import decode_attention
@@ -76,13 +77,15 @@ def write_slots(
 ) -> Float[Array, "B K S *d"]:
     """`new` in the slots `at`, which differ within a row and head; what lies at S or beyond is dropped.
 
-    A scatter mapped over rows and heads, which a mesh partitions without a collective: with rows and heads among its
-    indices, XLA gathers the new tokens of all heads first. And no `dynamic_update_slice` (one row, one token), which
-    XLA's CPU fusion duplicates into its readers: every step of a decode loop then copies the whole buffer four times.
+    A scatter mapped over rows and heads, which every mesh partitions without a collective: with rows and heads among
+    its indices, XLA may gather the new tokens of all heads first. And no `dynamic_update_slice` (one row, one token),
+    which XLA's CPU fusion duplicates into its readers: each step of a decode loop then copies the whole buffer four
+    times. On a mesh rows and heads are cut, also where what is written is the same for all heads (positions).
     """
 
     def write(slots, new, at):
         return slots.at[at].set(new, unique_indices=True)
 
     at = jnp.broadcast_to(at, new.shape[:3])
-    return jax.vmap(jax.vmap(write))(slots, new.astype(slots.dtype), at)
+    written = jax.vmap(jax.vmap(write))(slots, new.astype(slots.dtype), at)
+    return constrain(written, BATCH_AXES, "tensor", *[None] * (slots.ndim - 2))

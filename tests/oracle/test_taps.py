@@ -1,4 +1,4 @@
-"""What taps collect is what hooks on transformers' modules see, under the names that docs/taps.md gives; edits likewise."""
+"""What taps collect is what hooks on transformers' modules see, by the names of docs/taps.md; edits likewise."""
 
 import contextlib
 import re
@@ -28,16 +28,18 @@ TOLERANCE = 2e-5
 
 def hook_into(model, site, layer, function):
     """`function(x)` at a site of the model: what it returns goes on, if anything. A handle with `remove`."""
-    side, name = re.fullmatch(r"(output|input) of `([\w.{}]+)`", NAMED[site].strip()).groups()
+    side, name = re.match(r" *(output|input) of `([\w.{}]+)`", NAMED[site]).groups()
     module = model.model.get_submodule(name.format(i=layer))
     if side == "input":
-        return module.register_forward_pre_hook(lambda module, args, kwargs: replace_first(args, function), with_kwargs=True)  # noqa: E501  # fmt: skip
+        return module.register_forward_pre_hook(
+            lambda module, args, kwargs: replace_first(args, kwargs, function), with_kwargs=True
+        )
     return module.register_forward_hook(lambda module, args, out: replace_out(out, function))
 
 
-def replace_first(args, function):
+def replace_first(args, kwargs, function):
     new = function(args[0])
-    return None if new is None else ((new, *args[1:]), {})
+    return None if new is None else ((new, *args[1:]), kwargs)
 
 
 def replace_out(out, function):
@@ -132,8 +134,7 @@ def test_attention_rows_and_summaries_equal_eager_attention(oracle, hooked, coll
     q, lse = collected["attn/q", None][layer], collected["attn/lse", None][layer]
     positions = np.array([[0, 143, 60], [76, 1, -1], [8, 0, -1]])
     at = np.maximum(positions, 0)
-    chosen = (jnp.stack([x[b, at[b]] for b in range(3)]) for x in (q, lse))
-    q_at, lse_at = chosen
+    q_at, lse_at = (jnp.stack([x[b, at[b]] for b in range(3)]) for x in (q, lse))
     rows = attention_rows(q_at, keys, lse_at, positions=positions, scale=scale)
     for b, p in np.ndindex(positions.shape):
         position = positions[b, p]
@@ -157,12 +158,12 @@ def edited_logits(built, site, layer, function):
     return logits
 
 
-@pytest.mark.parametrize("site", ["resid/out", "attn/head_out", "mlp/key", "resid/mid"])
+@pytest.mark.parametrize("site", ["resid/in", "attn/head_out", "attn/out", "mlp/key", "resid/out"])
 def test_edits_are_what_hooks_that_return_something_do(oracle, site):
-    """A steering vector at some positions, one head left out, feed-forward keys and the stream between the halves set."""
+    """A steering vector at some positions, one head left out, feed-forward keys and others set."""
     built, rng = oracle(CASE), np.random.default_rng(0)
     config = built.config
-    size = {"resid/out": config.width, "resid/mid": config.width, "mlp/key": config.ffn}.get(site, config.head_dim)
+    size = config.ffn if site == "mlp/key" else config.width
     value, pos = rng.normal(size=size).astype(np.float32), jnp.array([[3, 100], [0, -1], [8, 2]])
     if site == "attn/head_out":
         keep = np.ones((config.heads, 1), np.float32)

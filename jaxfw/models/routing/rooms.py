@@ -17,9 +17,9 @@ from jaxfw.models.routing.feed_forward import experts_of, slots_ffn
 from jaxfw.ops import routing
 
 FACTORS = (1.25, 2.0)  # of the mean load: the sizes of the batched form
-PARTS = (16, 4, 1)  # of the group: the sizes of the form in which experts run one after the other
+PARTS = (16, 4)  # of the group: the sizes of the form in which experts run one after the other
 SPARE = 2  # up to that many times the assignments, the batched form with room for everything serves as the last
-FEW = 16  # up to that many tokens, experts read their weights for longer than they multiply: room for all at once
+FEW = 16  # rows for which an expert reads its weights longer than it multiplies: less room than that saves nothing
 
 
 @jax.tree_util.register_dataclass
@@ -77,15 +77,19 @@ def run_dropless(
 
     Gradients run the experts again: kept, a switch would hold the activations of all its sizes.
     """
-    N, E = x.shape[1], given.starts.shape[1]
-    if x.shape[0] * N <= FEW:
+    (g, N), E, total = x.shape[:2], given.starts.shape[1], given.order.shape[1]
+    if g * N <= FEW:
         return _run_room(N, axis, (params, x, given), fullest)
-    total = given.order.shape[1]
-    rooms = [room for room in (math.ceil(total / E * factor) for factor in FACTORS) if room < N]
+    rooms = _rooms(g, N, [total / E * factor for factor in FACTORS])
     runs = [functools.partial(_run_room, room, axis) for room in rooms]
     is_small = SPARE * total >= E * N
     runs.append(functools.partial(_run_room, N, axis) if is_small else functools.partial(_run_each, axis))
     return switch_again(runs, _smallest(rooms, jnp.max(fullest)), (params, x, given), fullest)
+
+
+def _rooms(g: int, N: int, sizes: Sequence[float]) -> list[int]:
+    """Those of the sizes that make a difference, below N and in ascending order."""
+    return sorted({room for room in (max(math.ceil(size), -(-FEW // g)) for size in sizes) if room < N})
 
 
 def _smallest(rooms: Sequence[int], load: Int[Array, ""]) -> Int[Array, ""]:
@@ -102,7 +106,7 @@ def _run_each(axis: str | None, operands: tuple[PyTree, Array, Assignments], ful
     """The held experts one after the other, on a mesh one of each shard at a time."""
     params, x, given = operands
     held, N = experts_of(params), x.shape[1]
-    rooms = sorted({0} | {math.ceil(N / part) for part in PARTS})
+    rooms = [0, *_rooms(x.shape[0], N, [N / part for part in PARTS]), N]
     runs = [functools.partial(_run_room, room, axis) for room in rooms]
 
     def apart(values: Int[Array, "... E"]) -> Int[Array, "E/n ... n"]:

@@ -6,7 +6,7 @@ token between the devices of a data x tensor mesh. Tokens that are not `valid` t
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -112,10 +112,7 @@ def check_route(experts: "Experts", route: Route, kinds: tuple[type, ...]) -> No
 class Router(Protocol):
     """Chooses; see `jaxfw.models.routing.routers`."""
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether a token's route is blind to later tokens; a language model refuses a router where it is not."""
-        ...
+    is_causal: ClassVar[bool]  # whether a token's route is blind to later tokens: a language model refuses others
 
     def init(self, key: PRNGKeyArray, width: int, experts: int, *, std: float, dtype: Any) -> PyTree:
         """Fresh parameters for x of `width`. Works under `jax.eval_shape`."""
