@@ -113,7 +113,8 @@ def main() -> int:
     from jaxfw.core import runtime
     from jaxfw.models import DecoderConfig, init
 
-    size: dict[str, Any] = {"vocab": 8192, "width": 512, "ffn": 1376, "layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64}
+    size: dict[str, Any] = {"vocab": 8192, "width": 512, "ffn": 1376, "layers": 8}
+    size |= {"heads": 8, "kv_heads": 4, "head_dim": 64}
     if options.smoke:
         size |= {"vocab": 256, "width": 64, "ffn": 96, "layers": 2}
     config = DecoderConfig(**size, positions=PROMPT + NEW, init_std=0.05)
