@@ -328,3 +328,13 @@ def test_compiled_for_eight_h200s_nothing_crosses_between_them(axes):
     assert not hlo.collectives(compiled.text)
     keys = 2 * arrays["k"].size * 2 // 8
     assert keys < compiled.bytes.arguments < 1.01 * keys
+
+
+def test_the_committed_table_has_every_named_shape_on_two_versions_and_no_spills():
+    table = json.loads((ROOT / "experiments" / "results" / "kernels.json").read_text(encoding="utf-8"))
+    assert len(table) >= 2 and "0.10.2" in table
+    for section in table.values():
+        rows = section["rows"]
+        held = {(row["shape"], row["variant"]) for row in rows}
+        assert held >= {(shape, variant) for shape in DECODE_SHAPES for variant in ("plain", "mass")}
+        assert all(row["spilled_bytes"] == row["stack_bytes"] == 0 and row["resident"] >= 2 for row in rows)

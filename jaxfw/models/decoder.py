@@ -152,10 +152,17 @@ def attend_half(
             else:
                 heads, new = policy.extend(state, qkv, step, spec=spec, previous=previous, shared=shared, write=write)
                 _check_state(policy, state, new)
+            new = jax.tree.map(_constrain_state, new)
         return sites("attn/head_out", heads), new
 
     x, new = _apply(Block(config), params, x, mix, sites, method="attend_half")
     return LayerOutput(constrain(x, BATCH_AXES, None, None), new, collected=tuple(sites.collected))
+
+
+def _constrain_state(x: Array) -> Array:
+    """Rows and, in arrays of three axes or more, key heads: also where all heads hold the same (positions)."""
+    heads = ("tensor",) if x.ndim >= 3 else (None,) * (x.ndim > 1)
+    return constrain(x, BATCH_AXES, *heads, *[None] * (x.ndim - 2)) if x.ndim else x
 
 
 def _check_state(policy: CachePolicy, before: Any, after: Any) -> None:

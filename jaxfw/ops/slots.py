@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
-from jaxfw.core.mesh import BATCH_AXES, constrain
 from jaxfw.core.shapes import Array, Float, Int
 from jaxfw.ops.attention import attend
 from pallas_kernels import decode_attention
@@ -59,16 +58,15 @@ def attend_first(
     scale: float,
     softmax_dtype=jnp.float32,
     window: int | None = None,
-    impl: str | None = None,
 ) -> Float[Array, "B 1 H d"]:
     """Softmax attention of one query a row to the first `lengths` slots, of these the last `window`: a decode step.
 
-    By `pallas_kernels.decode_attention`, which is given `impl`; its softmax is in float32, any other goes by `attend`.
+    By `pallas_kernels.decode_attention`, whose softmax is in float32; any other goes by `attend`.
     """
     if jnp.dtype(softmax_dtype) != jnp.float32:
         last = lengths[:, None] - 1
         return attend(q, k, v, positions=last, scale=scale, softmax_dtype=softmax_dtype, window=window)
-    out = decode_attention(q[:, 0], k, v, lengths=lengths, scale=scale, window=window, impl=impl).out
+    out = decode_attention(q[:, 0], k, v, lengths=lengths, scale=scale, window=window).out
     return out[:, None]
 
 
@@ -80,12 +78,11 @@ def write_slots(
     A scatter mapped over rows and heads, which every mesh partitions without a collective: with rows and heads among
     its indices, XLA may gather the new tokens of all heads first. And no `dynamic_update_slice` (one row, one token),
     which XLA's CPU fusion duplicates into its readers: each step of a decode loop then copies the whole buffer four
-    times. On a mesh rows and heads are cut, also where what is written is the same for all heads (positions).
+    times.
     """
 
     def write(slots, new, at):
         return slots.at[at].set(new, unique_indices=True)
 
     at = jnp.broadcast_to(at, new.shape[:3])
-    written = jax.vmap(jax.vmap(write))(slots, new.astype(slots.dtype), at)
-    return constrain(written, BATCH_AXES, "tensor", *[None] * (slots.ndim - 2))
+    return jax.vmap(jax.vmap(write))(slots, new.astype(slots.dtype), at)

@@ -24,8 +24,7 @@ State = Any  # a pytree; each policy has its own
 class AttentionSpec:
     """What is static about a layer's attention: K key heads of width d, the scale, the rotation, the precision.
 
-    A query reads the last `window` positions, its own among them; None is all. `impl` names an implementation of the
-    kernels (see `pallas_kernels`); None chooses by the platform that a program is lowered for.
+    A query reads the last `window` positions, its own among them; None is all.
     """
 
     kv_heads: int
@@ -34,13 +33,11 @@ class AttentionSpec:
     rope: Rope
     softmax_dtype: str
     window: int | None = None
-    impl: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keywords of `jaxfw.ops.attention.attend`."""
-        dtype = jnp.dtype(self.softmax_dtype)
-        return {"scale": self.scale, "softmax_dtype": dtype, "window": self.window, "impl": self.impl}
+        """The keywords of `attend` (`jaxfw.ops.attention`), `attend_first` and `attend_slots` (`jaxfw.ops.slots`)."""
+        return {"scale": self.scale, "softmax_dtype": jnp.dtype(self.softmax_dtype), "window": self.window}
 
 
 @jax.tree_util.register_dataclass

@@ -76,10 +76,7 @@ class RandomCache:
         if T == 1 and spec.window is None:
             out = attend_first(qkv.q, read.k, read.v, jnp.minimum(read.seen, C), **spec.options)
         else:
-            out = attend_slots(
-                qkv.q, read.k, read.v, read.kept_positions, step.positions, scale=spec.scale,
-                softmax_dtype=jnp.dtype(spec.softmax_dtype), window=spec.window,
-            )  # fmt: skip
+            out = attend_slots(qkv.q, read.k, read.v, read.kept_positions, step.positions, **spec.options)
         return out, after if write else state
 
     def finish(self, states: tuple[RandomState, ...], step: Step) -> Cache:

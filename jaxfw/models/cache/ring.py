@@ -78,10 +78,8 @@ class RingCache:
             new = jnp.broadcast_to(step.positions[:, None], k.shape[:3])
             held = jnp.concatenate([state.kept_positions, new], axis=2)
             k, v = jnp.concatenate([state.k, k], axis=2), jnp.concatenate([state.v, v], axis=2)
-            out = attend_slots(
-                qkv.q, k, v, held, step.positions, scale=spec.scale, softmax_dtype=jnp.dtype(spec.softmax_dtype),
-                window=self._reach(spec),
-            )  # fmt: skip
+            reach = dataclasses.replace(spec, window=self._reach(spec))
+            out = attend_slots(qkv.q, k, v, held, step.positions, **reach.options)
         return out, after if write else state
 
     def finish(self, states: tuple[RingState, ...], step: Step) -> Cache:
