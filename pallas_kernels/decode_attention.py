@@ -117,8 +117,8 @@ def decode_attention(
     pool [B R P d]), `k_scale` and `v_scale` (quantised k and v) are not built yet.
 
     On a mesh (`jax.set_mesh`) a kernel takes each device's own rows and key heads, as far as the mesh divides them.
-    It can be mapped by `jax.vmap` (twice at most, a third is more than Triton's grid has axes for) and differentiated
-    in reverse by q, k and v: the gradient recomputes by XLA, so that it holds [B H S] logits in memory.
+    It can be mapped by `jax.vmap`, and differentiated in reverse by q, k and v: the gradient recomputes by XLA, so that
+    it holds [B H S] logits in memory. Forward-mode derivatives need impl="xla".
 
     Raises:
         ValueError: shapes that do not fit, an impl that is unknown or cannot run, with the reason.
@@ -276,7 +276,7 @@ def _decode_parts(q, k, v, lengths, *, options: _Options, interpret: bool) -> De
     in_specs, out_specs, out_shape = _blocks(N, config.splits, G, d, S, options.return_mass)
     parts = triton_call(
         functools.partial(_triton_body, config=config, scale=options.scale, window=options.window),
-        grid=(N * config.splits,),  # one axis: the rest of Triton's three is left to vmap
+        grid=(N * config.splits,),
         in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
         warps=config.warps, stages=config.stages, interpret=interpret, name="decode_attention",
     )(lengths, q.reshape(N, G, d), k.reshape(N, S, d), v.reshape(N, S, d))  # fmt: skip

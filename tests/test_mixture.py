@@ -145,6 +145,16 @@ def test_the_state_of_routers_starts_where_they_say():
     assert jax.tree.structure(out.state) == jax.tree.structure(state)
 
 
+def test_a_router_draws_while_it_is_trained_and_not_while_it_generates():
+    noisy, key = TokenChoice(2, noise=1.0), jax.random.key(3)
+    run_ = functools.partial(run, CONFIG, params_of(), TOKENS, experts=Dense())
+    plain = run_().logits
+    assert np.abs(np.asarray(run_(router=noisy, key=key).logits - plain)).max() > 1e-3
+    np.testing.assert_array_equal(run_(router=noisy).logits, plain)
+    beside = run_(router=noisy, key=key, policy=FullCache()).logits
+    np.testing.assert_allclose(beside, plain, atol=2e-5)
+
+
 def test_parameters_and_operations_count_what_runs():
     dense = dataclasses.replace(CONFIG, moe=None)
     per_layer = 4 * 3 * 16 * 12 + 16 * 4 - 3 * 16 * 24

@@ -259,8 +259,13 @@ def layer(
     collected: tuple[Any, ...] = (),
     **cache: Any,
 ) -> LayerOutput:
-    """One layer: `attend_half` (with its keywords), then `mlp_half`; `params` is that layer's tree."""
+    """One layer: `attend_half` (with its keywords), then `mlp_half`; `params` is that layer's tree.
+
+    Beside a cache, routers do not draw: the step's key is the policy's alone.
+    """
     half = attend_half(config, params, x, step, taps=taps, collected=collected, **cache)
+    if cache.get("policy") is not None:
+        step = dataclasses.replace(step, key=None)
     out = mlp_half(
         config, params, half.x, step, router=router, experts=experts, router_state=router_state, taps=taps,
         collected=half.collected,

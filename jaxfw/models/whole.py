@@ -208,7 +208,7 @@ def forward(
         state: of the routers, as `Output.state` returned it.
         taps: edits and collections, see `jaxfw.models.taps`.
         unit_id: which unit each token belongs to, for policies that keep whole units.
-        key: for policies and routers that draw; one, or one a row.
+        key: for policies that draw and, without a cache, for routers that do; one, or one a row.
         run_layer: stands in for `layer`: its `jax.checkpoint`, for instance.
     """
     B, T = tokens.shape
