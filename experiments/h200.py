@@ -45,7 +45,7 @@ def compile_decode(config: DecoderConfig, mesh: jax.sharding.Mesh, *, batch: int
     policy, params = FullCache(), abstract_params(config, mesh)
     empty = functools.partial(policy.empty, spec=attention_spec(config), prompt=length - 1, new=1, dtype=config.dtype)
     cache = jax.eval_shape(lambda: Cache(tuple(empty(batch) for _ in range(config.layers))))
-    cache = _placed(cache, cache_shardings(mesh, cache, kv_heads=config.kv_heads))
+    cache = _placed(cache, cache_shardings(mesh, cache))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
 
     def step(params, tokens, cache):

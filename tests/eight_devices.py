@@ -173,7 +173,7 @@ def decode(meshes):
         placed = jax.device_put(params, shardings(decoder_rules(config), mesh, params))
         with jax.set_mesh(mesh):
             got, first, second = run(placed, *jax.device_put((batch, one), batch_shardings(mesh, (batch, one))))
-        wanted = cache_shardings(mesh, whole, kv_heads=config.kv_heads)
+        wanted = cache_shardings(mesh, whole)
         report[name] = {
             "logits": error(got, expected),
             "cache": error(first, whole),

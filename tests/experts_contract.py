@@ -71,19 +71,19 @@ class Oracle:
         return out @ ct
 
 
-def room_of(tokens: int, capacity: float, k: int = K, experts: int = E, multiple: int = 1) -> int:
-    """ceil(tokens * k / experts * capacity), up to a multiple, in rational numbers."""
-    return math.ceil(Fraction(str(capacity)) * tokens * k / experts / multiple) * multiple
+def room_of(tokens: int, capacity: float, k: int = K, experts: int = E) -> int:
+    """ceil(tokens * k / experts * capacity) in rational numbers."""
+    return math.ceil(Fraction(str(capacity)) * tokens * k / experts)
 
 
-def kept_by_loop(ids, valid, capacity, *, groups=1, experts=E, multiple=1):
+def kept_by_loop(ids, valid, capacity, *, groups=1, experts=E):
     """[B T k]: all first choices in the order of tokens, then all second ones, until an expert is full."""
     kept = np.zeros(ids.shape, bool)
     rows = len(ids) // groups
     for g in range(groups):
         inside = range(g * rows, (g + 1) * rows)
         count = int(valid[g * rows : (g + 1) * rows].sum())
-        room = math.inf if capacity is None else room_of(count, capacity, ids.shape[2], experts, multiple)
+        room = math.inf if capacity is None else room_of(count, capacity, ids.shape[2], experts)
         taken = dict.fromkeys(range(experts), 0)
         for j in range(ids.shape[2]):
             for b in inside:
@@ -223,8 +223,7 @@ class ExpertsContract:
 
     def kept(self, route, valid):
         if isinstance(route, TokenRoute):
-            options = {"groups": self.groups, "multiple": getattr(self.experts, "multiple", 1)}
-            return kept_by_loop(route.ids, valid, self.experts.capacity, **options)
+            return kept_by_loop(route.ids, valid, self.experts.capacity, groups=self.groups)
         return None
 
     def check(self, x, route, valid):

@@ -59,7 +59,7 @@ def calls(policy, params, mesh=None):
 
 def is_laid_out(mesh, cache):
     """Whether each array of three axes or more lies as `cache_shardings` says."""
-    places = cache_shardings(mesh, cache, kv_heads=CONFIG.kv_heads)
+    places = cache_shardings(mesh, cache)
     same = jax.tree.map(lambda x, place: x.ndim < 3 or x.sharding.is_equivalent_to(place, x.ndim), cache, places)
     return all(jax.tree.leaves(same))
 

@@ -16,6 +16,7 @@ pytest.register_assert_rewrite("tests.experts_contract")
 from jaxfw.core.errors import InputError  # noqa: E402
 from jaxfw.core.mesh import make_mesh  # noqa: E402
 from jaxfw.models.routing import Dense, ExpertChoice, ExpertParallel, Sorted, TokenChoice, TokenRoute  # noqa: E402
+from jaxfw.models.routing.feed_forward import expert_ffn  # noqa: E402
 from jaxfw.ops import routing  # noqa: E402
 from tests.experts_contract import (  # noqa: E402
     FAST_TO_COMPILE,
@@ -54,7 +55,7 @@ class TestDrops(OnMesh):
 
 
 LAYOUTS = [
-    (ExpertParallel(0.7, group=8, multiple=2), {"fsdp": 2, "expert": 2, "tensor": 2}, 8, ("token",)),
+    (ExpertParallel(0.7, group=8), {"fsdp": 2, "expert": 2, "tensor": 2}, 8, ("token",)),
     (ExpertParallel(0.9), {"expert": 8}, 8, ("token", "slot", "soft")),  # four experts and four that are added
     (Sorted(0.7), {"data": 2, "expert": 2, "tensor": 2}, 4, ("token",)),
 ]
@@ -127,15 +128,24 @@ def test_tokens_travel_and_weights_stay(sizes, capacity):
     assert max(moved["all-reduce"]) <= 3 * max(shard, *moved["all-to-all"]), moved
 
 
-def test_experts_that_are_full_run_one_after_the_other():
-    """Everything goes to two experts of 16."""
-    E, mesh = 16, make_mesh(expert=8)
-    inputs = weights(E), draw(B, T, D), token_route([5, 11]), mask(), draw(B, T, D, seed=8)
+def test_experts_that_are_full_run_one_after_the_other(monkeypatch):
+    """Everything goes to two experts of 16: every device runs one of the two that it holds at a time."""
+    E, T, mesh, forms = 16, 40, make_mesh(expert=8), set()
+
+    def one_at_a_time(params, x):
+        forms.add(len(x))
+        return expert_ffn(params, x) if len(x) == 1 else jnp.full_like(x, jnp.nan)
+
+    monkeypatch.setattr("jaxfw.models.routing.feed_forward.expert_ffn", one_at_a_time)
+    valid = mask([40, 3, 17, 0, 39, 40, 1, 20], width=T)
+    inputs = weights(E), draw(B, T, D), token_route([5, 11], width=T), valid, draw(B, T, D, seed=8)
     with jax.set_mesh(mesh):
-        y, stats, gradients = run_back(ExpertParallel(), *placed(mesh, *inputs))
+        y, stats, gradients = jax.device_get(run_back(ExpertParallel(), *placed(mesh, *inputs)))
+    assert forms == {1, 2} and np.all(np.isfinite(y)), "the form that runs both at once is there and was not taken"
+    monkeypatch.undo()
     alone = run_back(Dense(), *inputs)
-    assert int(stats.dropped) == 0 and int(stats.kept) == 2 * mask().sum()
-    assert_near(np.where(mask()[..., None], y, 0), np.where(mask()[..., None], alone[0], 0), "output")
+    assert int(stats.dropped) == 0 and int(stats.kept) == 2 * valid.sum()
+    assert_near(np.where(valid[..., None], y, 0), np.where(valid[..., None], alone[0], 0), "output")
     for found, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(alone[2]), strict=True):
         assert_near(found, wanted, "gradients")
 

@@ -187,6 +187,15 @@ def test_padding_changes_nothing(kind):
     np.testing.assert_allclose(alone, logits[0][1, : LENGTHS[1]], atol=2e-5)
 
 
+def test_a_long_extension_reads_block_by_block():
+    """Attention to a cache, of more queries than a block holds and a remainder, equals one forward."""
+    config = dataclasses.replace(UNTIED, layers=1, positions=1024)
+    tokens, params = np.random.default_rng(1).integers(0, config.vocab, (2, 320), np.int32), params_of(config)
+    cache = whole(config, params, tokens[:, :20], policy=FullCache(), room=320).cache
+    out = whole(config, params, tokens[:, 20:], policy=FullCache(), cache=cache)
+    np.testing.assert_allclose(out.logits, whole(config, params, tokens).logits[:, 20:], atol=2e-5)
+
+
 # --- precision
 
 

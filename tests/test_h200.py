@@ -1,5 +1,6 @@
 """Published models compiled for H200s on this machine: the kernels are there, and the cache stays in its place."""
 
+import dataclasses
 import functools
 import json
 
@@ -56,6 +57,13 @@ def test_the_prefill_of_a_layer_calls_cudnn():
     calls = hlo.custom_calls(compiled.text)
     assert calls["__cudnn$fmhaSoftmax"] == 1 and "__gpu$xla.gpu.triton" not in calls
     assert {found.kind for found in hlo.collectives(compiled.text)} == {"all-reduce"}
+
+
+def test_key_heads_that_do_not_divide_leave_queries_with_them():
+    """4 key heads on 8 devices: cuDNN wants queries, keys and values laid out alike."""
+    config = dataclasses.replace(CONFIG, kv_heads=4)
+    compiled = h200.compile_prefill_layer(config, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=1024)
+    assert hlo.custom_calls(compiled.text)["__cudnn$fmhaSoftmax"] == 1
 
 
 def test_the_committed_table_is_of_these_programs():

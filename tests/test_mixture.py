@@ -20,13 +20,15 @@ from jaxfw.models import (
     forward,
     head,
     init,
+    layer,
     mlp_half,
+    remat_layer,
     router_states,
 )
 from jaxfw.models.accounting import forward_flops, parameter_count
 from jaxfw.models.cache import FullCache
 from jaxfw.models.routing import Dense, ExpertChoice, SoftChoice, Sorted, TokenChoice
-from jaxfw.train import NextTokenLoss, init_state, make_step
+from jaxfw.train import NextTokenLoss, evaluate_tokens, init_state, make_step
 
 CONFIG = DecoderConfig(
     vocab=31, width=16, ffn=24, layers=3, heads=4, kv_heads=2, head_dim=8, positions=64, init_std=0.3,
@@ -123,6 +125,32 @@ def test_training_lowers_the_loss_and_logs_the_router():
     moves = np.asarray(bias) / BIASED.bias_rate
     np.testing.assert_allclose(moves, moves.round(), atol=1e-3)
     assert np.any(moves.round() != 0)
+
+
+def test_layers_run_again_for_their_gradients_give_the_same_ones():
+    params = params_of()
+
+    def loss(run_layer, params):
+        out = forward(
+            CONFIG, params, TOKENS, lengths=LENGTHS, experts=Dense(), router=TokenChoice(2), run_layer=run_layer
+        )
+        return jnp.sum(out.logits[:, :3] ** 2) + jnp.sum(out.losses["z"])
+
+    kept, again = (jax.jit(jax.grad(functools.partial(loss, f)))(params) for f in (layer, remat_layer))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), again, kept)
+
+
+def test_held_out_windows_are_scored_by_the_router_that_was_trained():
+    params, windows = params_of(CONFIG, BIASED), np.resize(TOKENS, (2, 8))
+    states = {name: {"bias": jnp.array([3.0, 0, 0, 0])} for name in ("layers_1", "layers_2")}
+    values = {"router": BIASED, "experts": Dense()}
+    nll = evaluate_tokens(CONFIG, params, [windows], **values, router_states=states)
+    out = run(CONFIG, params, windows[:, :-1], **values, state=states)
+    logits = np.asarray(out.logits, np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = -np.take_along_axis(log_probs, windows[:, 1:, None], axis=2).mean(axis=(1, 2))
+    np.testing.assert_allclose(nll, expected, rtol=1e-5)
+    assert np.abs(nll - evaluate_tokens(CONFIG, params, [windows], **values)).max() > 1e-4
 
 
 def test_router_losses_reach_the_gradient_of_the_router_only():

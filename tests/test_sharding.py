@@ -223,16 +223,15 @@ def test_caches_are_cut_by_rows_and_key_heads_and_batches_by_rows():
     mesh = abstract_mesh(data=2, tensor=4)
     state = {"k": array(6, 8, 16, 4), "kept": array(6, 8, 16), "slots": array(6, 16), "seen": array(6)}
     rows = ("data", "fsdp", "expert")
-    got = {name: tuple(place.spec) for name, place in cache_shardings(mesh, state, kv_heads=8).items()}
+    got = {name: tuple(place.spec) for name, place in cache_shardings(mesh, state).items()}
     assert got == {
         "k": (rows, "tensor", None, None),
         "kept": (rows, "tensor", None),
         "slots": (rows, None),
         "seen": (rows,),
     }
-    odd = cache_shardings(mesh, {"k": array(3, 2, 16, 4), "other": array(3, 4, 5)}, kv_heads=2)
+    odd = cache_shardings(mesh, {"k": array(3, 2, 16, 4)})
     assert tuple(odd["k"].spec)[1:] == (None, None, None), "2 heads on 4"
-    assert tuple(odd["other"].spec)[1:] == (None, None), "4 of what is no head"
     assert odd["k"].shard_shape((3, 2, 16, 4)) == (3, 2, 16, 4)
     tokens = batch_shardings(abstract_mesh(data=2, fsdp=2), {"tokens": array(8, 5), "weight": array()})
     assert tokens["tokens"].shard_shape((8, 5)) == (2, 5) and tokens["weight"].spec == P()

@@ -125,10 +125,11 @@ def auto_sizes(mesh: AbstractMesh) -> dict[str, int]:
     return {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Auto}
 
 
-def constrain(x: Array, *spec: Entry) -> Array:
+def constrain(x: Array, *spec: Entry, shape: Sequence[int] | None = None) -> Array:
     """`x` laid out as `spec` on the mesh of the moment (`jax.set_mesh`), one entry an axis; `x` itself without a mesh.
 
-    What does not fit is left out (see `fit`): one line of a model serves every mesh and every size.
+    What does not fit is left out (see `fit`): one line of a model serves every mesh and every size. What fits is asked
+    of `shape` where it is given: of keys for queries, that must lie as they do.
 
     >>> constrain(jax.numpy.ones((4, 8)), BATCH_AXES, None).shape
     (4, 8)
@@ -137,4 +138,4 @@ def constrain(x: Array, *spec: Entry) -> Array:
     sizes = {} if mesh.empty else auto_sizes(mesh)
     if not any(size > 1 for size in sizes.values()):
         return x
-    return jax.lax.with_sharding_constraint(x, fit(sizes, x.shape, spec))
+    return jax.lax.with_sharding_constraint(x, fit(sizes, x.shape if shape is None else shape, spec))

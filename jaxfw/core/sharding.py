@@ -123,22 +123,27 @@ def table(rules: Sequence[Rule], mesh: Mesh | AbstractMesh, shapes: PyTree) -> T
     return Table(tuple(rows))
 
 
-def state_shardings(param_shardings: PyTree, params: PyTree, state: PyTree) -> PyTree:
+def state_shardings(param_shardings: PyTree, params: PyTree, state: PyTree, *, rules: Sequence[Rule] = ()) -> PyTree:
     """Layouts of an optimiser's state, or any other: what has a parameter's path and shape lies as that parameter.
 
-    Scalars are replicated, and so is what has a parameter's path and fewer axes (factored moments).
+    Scalars are replicated, and so is what has a parameter's path and fewer axes (factored moments). What belongs to no
+    parameter needs one of `rules`, which match the end of its path.
 
     Raises:
-        InputError: an array under no parameter's path.
+        InputError: an array under no parameter's path that no rule matches, or several.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     places = jax.tree.leaves(param_shardings)
     of = {_name(path): (tuple(leaf.shape), place) for (path, leaf), place in zip(leaves, places, strict=True)}
-    replicated = NamedSharding(places[0].mesh, PartitionSpec())
+    mesh = places[0].mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(path, leaf):
         words = _name(path).split("/")
-        ends = ("/".join(words[i:]) for i in range(len(words)))
+        ends = ["/".join(words[i:]) for i in range(len(words))]
+        ruled = next((end for end in ends if any(_compiled(rule.pattern).fullmatch(end) for rule in rules)), None)
+        if ruled:
+            return NamedSharding(mesh, _choose(match(rules, ruled), ruled, leaf.shape, mesh)[0])
         shape, given = next((of[end] for end in ends if end in of), (None, replicated))
         if leaf.ndim == 0 or (shape is not None and leaf.ndim < len(shape)):
             return replicated
@@ -174,7 +179,12 @@ _compiled = functools.cache(re.compile)
 
 def _choose(rule: Rule, name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, str]:
     """The first layout that cuts evenly, and what was wrong with the first of all, or why nothing is cut."""
-    reasons = []
+    reasons, axes = [], {axis for layout in rule.layouts for entry in layout for axis in _axes(entry)}
+    if not axes <= set(mesh.axis_names):
+        raise InputError(
+            f"the mesh has axes {', '.join(mesh.axis_names)}, rule {rule.pattern!r} names "
+            f"{', '.join(sorted(axes - set(mesh.axis_names)))}: make the mesh by jaxfw.core.mesh.make_mesh."
+        )
     for layout in rule.layouts:
         if len(layout) > len(shape):
             raise InputError(f"parameter {name!r} {list(shape)} has fewer axes than {layout} of rule {rule.pattern!r}.")

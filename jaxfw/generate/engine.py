@@ -193,6 +193,7 @@ def generate(
     key: PRNGKeyArray | None = None,
     policy: CachePolicy | None = None,
     room: int | None = None,
+    unit_ids: Sequence[Sequence[int]] | None = None,
     router: Router | None = None,
     experts: Experts | None = None,
     router_states: PyTree | None = None,
@@ -213,6 +214,8 @@ def generate(
         room: slots of the cache, at least prompt + new. Calls with equal `room` and batch size share one compiled
             decode loop, and one compiled prefill for each bucket of prompts. None takes `default_room`, a function
             of the longest prompt's bucket and `max_new_tokens`; give one `room` to share the loop between buckets.
+        unit_ids: which unit (a shot, a sentence) each token of each prompt belongs to, -1 for none: for policies that
+            keep whole units.
         router: who decides which experts a token goes to; None is the config's.
         experts: who runs them; None is `Sorted()`.
         router_states: what the routers remember of training, as `Output.state` holds it; generation does not move it.
@@ -231,7 +234,8 @@ def generate(
     room = default_room(longest, max_new_tokens) if room is None else room
     if room < needed:
         raise InputError(f"room={room} is below prompt + new tokens = {longest} + {max_new_tokens}: raise room.")
-    tokens, lengths = _pack(prompts, bucket(longest))
+    tokens, lengths = _pack(prompts, bucket(longest), spare=0)
+    units = None if unit_ids is None else _pack_units(unit_ids, prompts, bucket(longest))
     _check_taps(config, taps, len(prompts))
     # A copy: the decode loop donates what it is given.
     keys = jnp.copy(row_keys(jax.random.key(0) if key is None else key, len(prompts)))
@@ -241,7 +245,7 @@ def generate(
     started = time.perf_counter()
     logits, cache = prefill(
         config, params, tokens, lengths, policy=policy, room=max(room, tokens.shape[1]),
-        key=_cache_keys(keys), **values,
+        unit_id=units, key=_cache_keys(keys), **values,
     )  # fmt: skip
     token, is_done, is_finite = _draw(logits, sampling, keys, jnp.int32(0), stop)
     state, drawn = Decoding(cache, token, is_done, is_finite, keys, jnp.int32(1)), 1
@@ -257,9 +261,16 @@ def generate(
     return Generation(rows, stopped, prefilled - started, time.perf_counter() - prefilled)
 
 
-def _pack(prompts: Sequence[Sequence[int]], T: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
-    """Prompts side by side, each from slot 0 on, and their lengths."""
-    tokens = np.zeros((len(prompts), T), np.int32)
+def _pack_units(unit_ids, prompts, T: int) -> Int[Array, "B T"]:
+    sizes, wanted = [len(row) for row in unit_ids], [len(prompt) for prompt in prompts]
+    if sizes != wanted:
+        raise InputError(f"unit_ids have {sizes} numbers a row, the prompts {wanted} tokens: give one for each token.")
+    return _pack(unit_ids, T, spare=-1)[0]
+
+
+def _pack(prompts: Sequence[Sequence[int]], T: int, *, spare: int) -> tuple[Int[Array, "B T"], Int[Array, "B"]]:
+    """Rows side by side, each from slot 0 on with `spare` behind it, and their lengths."""
+    tokens = np.full((len(prompts), T), spare, np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
@@ -301,8 +312,10 @@ def _check(config: DecoderConfig, prompts: Sequence[Sequence[int]], max_new_toke
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens!r} must be at least 1, a whole number.")
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, int | np.integer):
-            raise InputError(f"prompts[{i}]={prompt} must be a list of token ids: prompts is a list of such lists.")
+        if isinstance(prompt, int | np.integer | str):
+            raise InputError(
+                f"prompts[{i}]={prompt!r:.60} must be a list of token ids: prompts is a list of such lists."
+            )
         if not len(prompt):
             raise InputError(f"prompt {i} is empty: give at least one token (the beginning-of-text id will do).")
         low, high = min(prompt), max(prompt)

@@ -24,7 +24,7 @@ from jaxfw.data.tokenizer import TOKENIZER, TextStream, Tokenizer, load_tokenize
 from jaxfw.generate import engine
 from jaxfw.models import DecoderConfig, Edit, embed, first_step, head, trunk
 from jaxfw.models.cache import CachePolicy
-from jaxfw.models.routing import Experts
+from jaxfw.models.routing import Experts, Router
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.ops.sampling import Sampling
 from jaxfw.weights.tensors import read_json
@@ -72,6 +72,8 @@ class LM:
         key: PRNGKeyArray | None = None,
         room: int | None = None,
         policy: CachePolicy | None = None,
+        router: Router | None = None,
+        router_states: PyTree | None = None,
         experts: Experts | None = None,
         taps: Sequence[Edit] = (),
         on_text: OnText | None = None,
@@ -89,6 +91,8 @@ class LM:
             room: slots of the cache. Calls with one batch size and one `room` share a compiled decode loop, whatever
                 their prompts; None takes what the longest prompt's bucket and `max_new_tokens` need.
             policy: what the cache keeps (`jaxfw.models.cache`); None keeps everything.
+            router: who decides which experts a token goes to; None is the config's.
+            router_states: what a router with a bias remembers of training.
             experts: who runs a mixture's experts (`jaxfw.models.routing`); None is `Sorted()`.
             taps: edits of what passes inside of the model (`jaxfw.models.taps`).
             on_text: called as `on_text(row, piece)` while the text grows. A row's pieces join to its result.
@@ -97,7 +101,7 @@ class LM:
         ids = [self.tokenizer.encode(text) for text in _texts(texts, "prompts")]
         streams = [TextStream(self.tokenizer, before=row) for row in ids]
         sampling = _sampling(temperature, top_k, top_p, min_p)
-        values = {"policy": policy, "experts": experts, "taps": taps}
+        values = {"policy": policy, "router": router, "experts": experts, "router_states": router_states, "taps": taps}
         out: Any = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text, **values)
         return out[0] if isinstance(prompts, str) else out
 
@@ -114,6 +118,8 @@ class LM:
         key: PRNGKeyArray | None = None,
         room: int | None = None,
         policy: CachePolicy | None = None,
+        router: Router | None = None,
+        router_states: PyTree | None = None,
         experts: Experts | None = None,
         taps: Sequence[Edit] = (),
         on_text: OnText | None = None,
@@ -129,7 +135,7 @@ class LM:
         ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         streams = [TextStream(self.tokenizer) for _ in ids]
         sampling = _sampling(temperature, top_k, top_p, min_p)
-        values = {"policy": policy, "experts": experts, "taps": taps}
+        values = {"policy": policy, "router": router, "experts": experts, "router_states": router_states, "taps": taps}
         out = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text, **values)
         return out if is_many else out[0]
 

@@ -19,6 +19,7 @@ from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models import taps as tap
 from jaxfw.models.cache.policy import QKV, AttentionSpec, CachePolicy, Step
 from jaxfw.models.routing import Experts, ExpertStats, RouteContext, Router, RouterAux, Sorted, TokenChoice, TokenRoute
+from jaxfw.models.sharding import state_spec
 from jaxfw.models.taps import Sites, Taps
 from jaxfw.nn.config import DecoderConfig
 from jaxfw.nn.layers import Block, Decoder, Embedding, Head
@@ -45,8 +46,12 @@ class LayerOutput:
 
 
 def default_router(config: DecoderConfig) -> Router | None:
-    """Softmax over the chosen `per_token` experts; None for a dense model."""
-    return None if config.moe is None else TokenChoice(config.moe.per_token, renormalize=config.moe.per_token > 1)
+    """The token choice that the config describes; None for a dense model."""
+    moe = config.moe
+    if moe is None:
+        return None
+    renormalize = moe.per_token > 1 if moe.renormalize is None else moe.renormalize
+    return TokenChoice(moe.per_token, scores=moe.scores, renormalize=renormalize)
 
 
 def init(config: DecoderConfig, key: PRNGKeyArray, *, router: Router | None = None) -> PyTree:
@@ -81,6 +86,7 @@ def attention_spec(config: DecoderConfig) -> AttentionSpec:
     )
 
 
+_HEADS = (BATCH_AXES, None, "tensor", None)  # [B T K d]
 SiteFn = Callable[[str, Array], Array]
 
 
@@ -137,7 +143,8 @@ def attend_half(
             config.rope, step.positions, width=config.head_dim, seq_len=step.positions[:, 0] + step.lengths
         )
         q, k = sites("attn/q", rotate(q_pre, cos, sin)), sites("attn/k", rotate(k_pre, cos, sin))
-        q, k, v = (constrain(x, BATCH_AXES, None, "tensor", None) for x in (q, k, sites("attn/v", v)))
+        q = constrain(q, *_HEADS, shape=k.shape)  # a query head lies where its key head does
+        k, v = constrain(k, *_HEADS), constrain(sites("attn/v", v), *_HEADS)
         if policy is None:
             keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
             heads, new = attend(q, keys, values, **spec.options), None
@@ -152,17 +159,11 @@ def attend_half(
             else:
                 heads, new = policy.extend(state, qkv, step, spec=spec, previous=previous, shared=shared, write=write)
                 _check_state(policy, state, new)
-            new = jax.tree.map(_constrain_state, new)
+            new = jax.tree.map(lambda x: constrain(x, *state_spec(x.ndim)), new)
         return sites("attn/head_out", heads), new
 
     x, new = _apply(Block(config), params, x, mix, sites, method="attend_half")
     return LayerOutput(constrain(x, BATCH_AXES, None, None), new, collected=tuple(sites.collected))
-
-
-def _constrain_state(x: Array) -> Array:
-    """Rows and, in arrays of three axes or more, key heads: also where all heads hold the same (positions)."""
-    heads = ("tensor",) if x.ndim >= 3 else (None,) * (x.ndim > 1)
-    return constrain(x, BATCH_AXES, *heads, *[None] * (x.ndim - 2)) if x.ndim else x
 
 
 def _check_state(policy: CachePolicy, before: Any, after: Any) -> None:
@@ -213,7 +214,7 @@ def mlp_half(
 ) -> LayerOutput:
     """The feed-forward half of a layer, dense or `route` and `run_experts`; `params` is that layer's tree.
 
-    None is `default_router` and the sorted experts.
+    None is `default_router` and the sorted experts. A router that draws does so by the step's key, if there is one.
     """
     sites = Sites(taps, step, collected)
     x = sites("resid/mid", x)

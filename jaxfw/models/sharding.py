@@ -60,24 +60,23 @@ def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
     )
 
 
+# What routers remember of training, under `TrainState.state`: for `state_shardings(..., rules=ROUTER_STATES)`.
+ROUTER_STATES = (Rule(r"routers/layers_\d+/\w+", ((None,),), why=_SMALL),)
+
+
 def batch_shardings(mesh: Mesh | AbstractMesh, batch: PyTree) -> PyTree:
     """Rows, the first axis of every array, over `BATCH_AXES` as far as they divide (tokens, lengths, windows)."""
     return jax.tree.map(lambda x: NamedSharding(mesh, fit(mesh.shape, x.shape, _rows(x.ndim))), batch)
 
 
-def cache_shardings(mesh: Mesh | AbstractMesh, cache: PyTree, *, kv_heads: int) -> PyTree:
-    """Rows over `BATCH_AXES`, key heads over `tensor`, as far as they divide.
+def state_spec(axes: int) -> Spec:
+    """The layout of an array of a cache's state: it leads with rows, and one of three axes or more has heads second."""
+    return (BATCH_AXES, "tensor", *[None] * (axes - 2)) if axes >= 3 else _rows(axes)
 
-    Every array of a state leads with rows; one of three axes or more has its key heads second (what has another number
-    there is cut by rows only).
-    """
 
-    def place(x):
-        heads = "tensor" if x.ndim >= 3 and x.shape[1] == kv_heads else None
-        spec = _rows(x.ndim) if x.ndim < 2 else (BATCH_AXES, heads, *[None] * (x.ndim - 2))
-        return NamedSharding(mesh, fit(mesh.shape, x.shape, spec))
-
-    return jax.tree.map(place, cache)
+def cache_shardings(mesh: Mesh | AbstractMesh, cache: PyTree) -> PyTree:
+    """Rows over `BATCH_AXES`, key heads over `tensor`, as far as they divide: see `state_spec`."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, fit(mesh.shape, x.shape, state_spec(x.ndim))), cache)
 
 
 def _rows(axes: int) -> Spec:

@@ -139,6 +139,8 @@ def validate(config: DecoderConfig, taps: Taps, B: int, T: int) -> None:
     Raises:
         InputError: an unknown site, operation or reduction, layers that the model lacks, a value of the wrong shape.
     """
+    if isinstance(taps, Edit | Collect):
+        raise InputError(f"taps={taps!r:.80} must be a list of taps: put it in brackets.")
     for i, tap in enumerate(taps):
         name = f"taps[{i}]"
         if not isinstance(tap, Edit | Collect):
@@ -185,7 +187,10 @@ def _check_edit(config: DecoderConfig, name: str, tap: Edit, B: int, T: int) -> 
     tokens, axis = (T, "T") if tap.pos is None else (tap.pos.shape[1], "P")
     wanted = (B, tokens, *_dims(config, tap.site))
     for field in ("value", "weight"):
-        given = np.shape(getattr(tap, field)) if getattr(tap, field) is not None else ()
+        x = getattr(tap, field)
+        if not (x is None or hasattr(x, "shape") or isinstance(x, int | float)) or jnp.iscomplexobj(x):
+            raise InputError(f"{name}.{field}={x!r:.60} must be a number or a real array: wrap it in jnp.asarray.")
+        given = () if x is None else np.shape(x)
         if not _broadcasts(given, wanted):
             raise InputError(
                 f"{name}.{field} has shape {list(given)}, which does not broadcast to "
@@ -205,7 +210,7 @@ def _check_layers(config: DecoderConfig, name: str, tap: Tap) -> None:
     if layers is not None:
         if not SITES[tap.site].in_layers:
             raise InputError(f"{name}.layers={layers}: {tap.site!r} is outside of the layers; leave layers out.")
-        if len(layers) != 2:
+        if not isinstance(layers, tuple | list) or len(layers) != 2:
             raise InputError(f"{name}.layers={layers!r} must be (first, last), both included.")
         known = [x for x in layers if isinstance(x, int | np.integer)]
         if isinstance(tap, Collect) and len(known) != 2:
@@ -330,6 +335,11 @@ def _collected(tap: Collect, x: Array, step: Step, held: Any) -> Any:
     def put(held: Any) -> Any:
         at = jnp.clip(step.layer - first, 0, n - 1)
         parts = _taken(tap, x, step)
+        if jax.tree.map(jnp.shape, parts) != jax.tree.map(lambda buffer: buffer.shape[1:], held):
+            raise InputError(
+                f"{tap.site!r} holds {list(x.shape)} here, not what the config says: collect ids by the config's own "
+                "router, whose k is model.moe.per_token."
+            )
         return jax.tree.map(lambda buffer, part: buffer.at[at].set(part.astype(buffer.dtype)), held, parts)
 
     if isinstance(step.layer, int | np.integer):

@@ -17,7 +17,8 @@ from jaxfw.core.keys import row_keys
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models import taps as tap
 from jaxfw.models.cache.policy import Cache, CachePolicy, Step
-from jaxfw.models.decoder import LayerOutput, default_router, embed, first_step, head, layer
+from jaxfw.models.checks import check_cache, check_layers, check_mixture, check_tokens
+from jaxfw.models.decoder import LayerOutput, embed, first_step, head, layer
 from jaxfw.models.routing import Experts, Router
 from jaxfw.models.taps import Sites, Taps
 from jaxfw.nn.config import DecoderConfig
@@ -79,20 +80,21 @@ def trunk(
 ) -> TrunkOutput:
     """All layers: from the residual stream that `embed` returns to the one that `head` takes.
 
-    `run_layer` stands in for `layer`, its jit or `jax.checkpoint` for instance, and `run_finish(policy, states, step)`
-    for the policy's `finish`: with both jitted, the layers run part by part.
+    `run_layer` stands in for `layer`, its jit or `remat_layer` for instance, and `run_finish(policy, states, step)` for
+    the policy's `finish`: with both jitted, the layers run part by part.
 
     Raises:
-        InputError: a cache without a policy, experts that drop or a router that looks ahead beside a cache, a policy or
-            router state on stacked layers that differ.
+        InputError: what does not fit together, see `jaxfw.models.checks`; a policy on stacked layers.
     """
-    _check(config, policy, cache, router, experts)
-    router_states: Any = state or {}
+    check_layers(config, params)
+    check_cache(config, x.shape[:2], policy, cache, room)
+    check_mixture(config, policy, router, experts, state)
+    held_by: Any = state or {}
     options = {"router": router, "experts": experts, "taps": taps}
     if "layers" in params:
         if policy is not None:
             raise InputError("stacked layers cannot fill or read a cache: unstack_layers(params) first.")
-        return _scan(params["layers"], config, x, step, options, router_states, collected, run_layer)
+        return _scan(params["layers"], config, x, step, options, held_by, collected, run_layer)
     outs: list[LayerOutput] = []
     for i in range(config.layers):
         name, reads_previous = f"layers_{i}", policy is not None and policy.reads_previous
@@ -103,7 +105,7 @@ def trunk(
             room=x.shape[1] if room is None else room,
             previous=outs[-1].state if outs and reads_previous else None,
             shared=None if cache is None else cache.shared,
-            write=write, router_state=router_states.get(name), collected=collected, **options,
+            write=write, router_state=held_by.get(name), collected=collected, **options,
         )  # fmt: skip
         x, collected = out.x, out.collected
         outs.append(dataclasses.replace(out, x=None, collected=()))
@@ -120,19 +122,38 @@ def trunk(
     )
 
 
+def remat_layer(
+    config: DecoderConfig,
+    params: PyTree,
+    x: Float[Array, "B T D"],
+    step: Step,
+    *,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    policy: CachePolicy | None = None,
+    room: int = 0,
+    write: bool = True,
+    **arrays: Any,
+) -> LayerOutput:
+    """`layer`, run again for its gradient instead of keeping what is inside of it (`jax.checkpoint`)."""
+
+    def run(params, x, step, arrays):
+        values = {"router": router, "experts": experts, "policy": policy, "room": room, "write": write}
+        return layer(config, params, x, step, **values, **arrays)
+
+    return jax.checkpoint(run)(params, x, step, arrays)
+
+
 def _stack(layers: list[dict[str, Array]]) -> dict[str, Array]:
     """Entries of the layers that have any, by name, with a layer axis in front."""
     having = [entries for entries in layers if entries]
     return jax.tree.map(lambda *x: jnp.stack(x), *having) if having else {}
 
 
-def _scan(stacked, config, x, step, options, router_states, collected, run_layer) -> TrunkOutput:
+def _scan(stacked, config, x, step, options, held_by, collected, run_layer) -> TrunkOutput:
     """The layers as one `lax.scan`: traced and compiled once, whatever their number."""
     names = [f"layers_{i}" for i in range(config.layers)]
-    missing = [name for name in names if name not in router_states]
-    if router_states and missing:
-        raise InputError(f"state has no {', '.join(missing)}: give what router_states(config, router) gives.")
-    given = [router_states[name] for name in names] if router_states else None
+    given = [held_by[name] for name in names] if held_by else None
     stacked_states = jax.tree.map(lambda *x: jnp.stack(x), *given) if given else None
 
     def body(carry, part):
@@ -147,27 +168,6 @@ def _scan(stacked, config, x, step, options, router_states, collected, run_layer
     if states is not None:
         states = {name: jax.tree.map(lambda leaf, i=i: leaf[i], states) for i, name in enumerate(names)}
     return TrunkOutput(x, None, losses, metrics, states or {}, collected)
-
-
-def _check(config, policy, cache, router, experts) -> None:
-    if cache is not None and policy is None:
-        raise InputError("a cache is given without its policy: give the policy that made it, e.g. FullCache().")
-    if config.moe is None:
-        for name, value in (("router", router), ("experts", experts)):
-            if value is not None:
-                raise InputError(f"{name}={value!r} is given, but config.moe is None: this model has no experts.")
-        return
-    if policy is not None and getattr(experts, "capacity", None) is not None:
-        raise InputError(
-            f"experts={experts!r} drop what exceeds their capacity, but generation is dropless: a row would depend on "
-            "its neighbours. Give experts with capacity=None beside a cache."
-        )
-    router = router or default_router(config)
-    if not getattr(router, "is_causal", True) and (policy is not None or not config.moe.allow_noncausal):
-        raise InputError(
-            f"router={router!r} looks at later tokens, which a language model must not: "
-            + ("it cannot run beside a cache." if policy else "set model.moe.allow_noncausal=True to allow it.")
-        )
 
 
 def forward(
@@ -209,12 +209,11 @@ def forward(
         taps: edits and collections, see `jaxfw.models.taps`.
         unit_id: which unit each token belongs to, for policies that keep whole units.
         key: for policies that draw and, without a cache, for routers that do; one, or one a row.
-        run_layer: stands in for `layer`: its `jax.checkpoint`, for instance.
+        run_layer: stands in for `layer`: `remat_layer`, for instance.
     """
+    check_tokens(tokens, lengths, unit_id)
     B, T = tokens.shape
     tap.validate(config, taps, B, T)
-    if unit_id is not None and unit_id.shape != (B, T):
-        raise InputError(f"unit_id has shape {unit_id.shape}: give one number for each of the tokens {(B, T)}.")
     step = first_step(jnp.full(B, T, jnp.int32) if lengths is None else lengths, T)
     step = dataclasses.replace(step, tokens=tokens, unit_id=unit_id, key=None if key is None else row_keys(key, B))
     if cache is not None:

@@ -12,8 +12,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 class MoEConfig:
     """Mixture of experts in place of a feed-forward: in layer `first` and every `every`-th from there on.
 
-    Each of the `experts` is a gated feed-forward of width `ffn`; the default router sends a token to `per_token` of
-    them. A router that looks at later tokens (expert choice, soft) is refused unless `allow_noncausal`.
+    Each of the `experts` is a gated feed-forward of width `ffn`; the router sends a token to `per_token` of them, by
+    `scores` ("softmax" or "sigmoid"), divided by their sum over the chosen ones if `renormalize`; None does so where
+    there are several. Another router may be given to each function; one that looks at later tokens (expert choice,
+    soft) is refused unless `allow_noncausal`.
     """
 
     experts: int
@@ -21,6 +23,8 @@ class MoEConfig:
     ffn: int
     first: int = 0
     every: int = 1
+    scores: str = "softmax"
+    renormalize: bool | None = None
     allow_noncausal: bool = False
 
     def __post_init__(self):
@@ -28,6 +32,8 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise InputError(f"model.moe.{name}={value!r} must be a whole number from {least} on.")
+        if self.scores not in ("softmax", "sigmoid"):
+            raise unknown("model.moe.scores", self.scores, ("softmax", "sigmoid"))
         if self.per_token > self.experts:
             raise InputError(f"model.moe.per_token={self.per_token} exceeds model.moe.experts={self.experts}.")
 

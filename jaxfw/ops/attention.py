@@ -9,6 +9,7 @@ softmax's sum over keys into one over d (as in FlashAttention, arXiv:2205.14135,
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +48,34 @@ def attend(
     if H % K:
         raise InputError(f"expected q[B,T,H,d] with H a multiple of K: got H={H}, K={K}.")
     if positions is not None:
-        return _attend_block(q, k, v, positions, scale, softmax_dtype, window)
+        return in_query_blocks(
+            lambda q, positions: _attend_block(q, k, v, positions, scale, softmax_dtype, window), q, positions
+        )
     if T != S:
         raise InputError(f"expected as many queries as keys without positions: got T={T}, S={S}.")
     if impl not in (None, "cudnn", "xla"):
         raise unknown("attention impl", impl, ("cudnn", "xla"))
-    reason = "it is not asked for" if impl == "xla" else _cudnn_reason(q.shape, K, str(q.dtype), softmax_dtype)
+    reason = "it is not asked for" if impl == "xla" else _cudnn_reason(q.shape, K, str(q.dtype), softmax_dtype, window)
     if impl == "cudnn" and reason:
         raise InputError(f"attention impl='cudnn' cannot run: {reason}. Leave impl out to take XLA's.")
     if reason:
         return _attend_causal(q, k, v, scale, softmax_dtype, window)
     return _attend_on_platform(q, k, v, scale, softmax_dtype, window)
+
+
+def in_query_blocks(
+    attend_block: Callable[[Array, Array], Array], q: Float[Array, "B T H d"], positions: Int[Array, "B T"]
+) -> Float[Array, "B T H d"]:
+    """`attend_block(q, positions)` for a block of queries at a time, so that the logits of one block are alive."""
+    B, T = positions.shape
+    if T <= SMALLEST_BLOCK:
+        return attend_block(q, positions)
+    blocks = -(-T // SMALLEST_BLOCK)
+    spare = blocks * SMALLEST_BLOCK - T
+    q = jnp.pad(q, ((0, 0), (0, spare), (0, 0), (0, 0))).reshape(B, blocks, SMALLEST_BLOCK, *q.shape[2:])
+    positions = jnp.pad(positions, ((0, 0), (0, spare)), mode="edge").reshape(B, blocks, SMALLEST_BLOCK)
+    outs = jax.lax.map(lambda part: attend_block(*part), (jnp.swapaxes(q, 0, 1), jnp.swapaxes(positions, 0, 1)))
+    return jnp.swapaxes(outs, 0, 1).reshape(B, -1, *outs.shape[3:])[:, :T]
 
 
 def _attend_causal(q, k, v, scale, softmax_dtype, window):
@@ -106,15 +124,18 @@ def _attend_cudnn(q, k, v, scale, window):
 
 
 @functools.lru_cache(maxsize=256)
-def _cudnn_reason(shape: tuple[int, ...], K: int, dtype: str, softmax_dtype) -> str | None:
+def _cudnn_reason(shape: tuple[int, ...], K: int, dtype: str, softmax_dtype, window: int | None) -> str | None:
     """Why cuDNN cannot do this, or None: found by asking jax for the very call, on shapes alone."""
+    if shape[3] > 128:
+        # Some GPUs take 256, but this must not depend on the one in the machine that lowers.
+        return f"head width d={shape[3]} is above 128"
     if jnp.dtype(softmax_dtype) != jnp.float32:
         return f"its softmax is in float32, not {jnp.dtype(softmax_dtype).name}"
     B, T, H, d = shape
     q, keys = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((B, K, T, d), dtype)
     try:
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            jax.eval_shape(lambda q, k, v: _attend_cudnn(q, k, v, 1.0, None), q, keys, keys)
+            jax.eval_shape(lambda q, k, v: _attend_cudnn(q, k, v, 1.0, window), q, keys, keys)
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         return f"{error} (q {list(shape)} {dtype})"
     return None

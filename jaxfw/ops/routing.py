@@ -16,6 +16,7 @@ from jaxfw.core.shapes import Array, Bool, Float, Int
 
 Count = TypeVar("Count", int, Array)
 FINEST_FACTOR = 1000  # a capacity factor is taken as the nearest fraction with a denominator up to this
+LEAST_FACTOR = 1 / FINEST_FACTOR  # below, it would be taken as 0 or twice itself
 
 
 def router_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D R"]) -> Float[Array, "B T R"]:
@@ -41,13 +42,13 @@ def take(values: Float[Array, "... E"], ids: Int[Array, "... k"]) -> Float[Array
     return jnp.take_along_axis(values, ids, axis=-1)
 
 
-def capacity(tokens: Count, *, k: int, experts: int, factor: float, multiple: int = 1) -> Count:
-    """Tokens that an expert takes of a group: ceil(tokens * k / experts * factor), rounded up to a multiple.
+def capacity(tokens: Count, *, k: int, experts: int, factor: float) -> Count:
+    """Tokens that an expert takes of a group: ceil(tokens * k / experts * factor).
 
     Exact integer arithmetic for a host number and for traced counts alike.
 
-    >>> capacity(64, k=2, experts=8, factor=1.25), capacity(65, k=2, experts=8, factor=1.25, multiple=4)
-    (20, 24)
+    >>> capacity(64, k=2, experts=8, factor=1.25), capacity(65, k=2, experts=8, factor=1.25)
+    (20, 21)
 
     Raises:
         InputError: the factor is so fine that 32 bits do not hold the products.
@@ -57,8 +58,7 @@ def capacity(tokens: Count, *, k: int, experts: int, factor: float, multiple: in
     if above * below >= 2**31:
         raise InputError(f"capacity={factor} is too fine for {experts} experts: give fewer digits, e.g. {factor:.2f}.")
     # Whole parts first: tokens * above would leave 32 bits at a few million tokens.
-    rows = tokens // below * above - -(tokens % below * above) // below
-    return -(-rows // multiple) * multiple
+    return tokens // below * above - -(tokens % below * above) // below
 
 
 def order_by_expert(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int
-from jaxfw.ops.attention import attend
+from jaxfw.ops.attention import attend, in_query_blocks
 from pallas_kernels import decode_attention
 
 
@@ -32,10 +32,16 @@ def attend_slots(
     Raises:
         InputError: H is no multiple of K.
     """
-    B, T, H, d = q.shape
-    K, S = k.shape[1:3]
+    H, K = q.shape[2], k.shape[1]
     if H % K:
         raise InputError(f"expected q[B,T,H,d] with H a multiple of K: got H={H}, K={K}.")
+    return in_query_blocks(
+        lambda q, now: _attend_block(q, k, v, slot_positions, now, scale, softmax_dtype, window), q, positions
+    )
+
+
+def _attend_block(q, k, v, slot_positions, positions, scale, softmax_dtype, window):
+    (B, T, H, d), (K, S) = q.shape, k.shape[1:3]
     G = H // K
     grouped = q.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     logits = jnp.einsum("BKMd,BKSd->BKMS", grouped, k, preferred_element_type=softmax_dtype) * scale

@@ -45,13 +45,14 @@ class NextTokenLoss:
             key=key,
         )  # fmt: skip
         nll = -jnp.mean(token_log_probs(out.logits, tokens[:, 1:]))
-        losses = {name: jnp.mean(value) for name, value in out.losses.items()}
+        losses, total = {name: jnp.mean(value) for name, value in out.losses.items()}, nll
         for name, weight in self.router_losses:
             if name not in losses:
                 raise unknown("router_losses", name, losses)
-            nll += weight * losses[name]
+            total += weight * losses[name]
         state = state | {ROUTERS: out.state} if out.state else state
-        return nll, Aux(_metrics(losses, out), state)
+        metrics = {"train/nll": nll} | _metrics(losses, out) if losses else {}
+        return total, Aux(metrics, state)
 
 
 def _metrics(losses: dict[str, Array], out: Output) -> dict[str, Float[Array, ""]]:
@@ -59,17 +60,24 @@ def _metrics(losses: dict[str, Array], out: Output) -> dict[str, Float[Array, ""
     return {f"router/{name}": value for name, value in (losses | means).items()}
 
 
-def _log_probs(config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T+1"]) -> Float[Array, "B T"]:
-    return token_log_probs(forward(config, params, tokens[:, :-1]).logits, tokens[:, 1:])
-
-
-_window_nll = jax.jit(lambda config, params, tokens: -jnp.mean(_log_probs(config, params, tokens), axis=1),
-                      static_argnums=0)  # fmt: skip
+@partial(jax.jit, static_argnames=("config", "router", "experts"))
+def _window_nll(config, params, tokens, *, router, experts, state) -> Float[Array, "B"]:
+    out = forward(config, params, tokens[:, :-1], router=router, experts=experts, state=state)
+    return -jnp.mean(token_log_probs(out.logits, tokens[:, 1:]), axis=1)
 
 
 def evaluate_tokens(
-    config: DecoderConfig, params: PyTree, batches: Iterable[Int[np.ndarray, "B T+1"]]
+    config: DecoderConfig,
+    params: PyTree,
+    batches: Iterable[Int[np.ndarray, "B T+1"]],
+    *,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    router_states: PyTree | None = None,
 ) -> Float[np.ndarray, "N"]:
-    """Mean negative log-likelihood in nats a token, of each window of the batches (equal shapes compile once)."""
-    run = partial(_window_nll, config, params)
+    """Mean negative log-likelihood in nats a token, of each window of the batches (equal shapes compile once).
+
+    A model with experts is scored by the router, experts and states that are given, as `NextTokenLoss` trains it.
+    """
+    run = partial(_window_nll, config, params, router=router, experts=experts, state=router_states)
     return np.concatenate([np.asarray(run(jnp.asarray(tokens))) for tokens in batches])

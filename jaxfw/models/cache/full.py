@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int
 from jaxfw.models.cache.policy import QKV, AttentionSpec, Cache, Step
 from jaxfw.ops.attention import attend
@@ -53,7 +55,12 @@ class FullCache:
     def extend(
         self, state: FullState, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, shared=None, write=True
     ):
-        """Write the new tokens behind the seen ones, then attend to all of them."""
+        """Write the new tokens behind the seen ones, then attend to all of them.
+
+        Raises:
+            InputError: too few slots are left, where that can be seen: outside of jit.
+        """
+        check_room(state.seen, step.lengths, state.k.shape[2])
         k, v = (append(held, new, state.seen) for held, new in ((state.k, qkv.k), (state.v, qkv.v)))
         seen = state.seen + step.lengths
         if qkv.k.shape[1] == 1:
@@ -65,6 +72,14 @@ class FullCache:
     def finish(self, states: tuple[FullState, ...], step: Step) -> Cache:
         """Nothing to settle between layers."""
         return Cache(states)
+
+
+def check_room(seen: Int[Array, "B"], lengths: Int[Array, "B"], S: int) -> None:
+    """Raise an `InputError` if a row has more tokens than slots; values that are traced are not known here."""
+    if not any(isinstance(x, Tracer) for x in (seen, lengths)):
+        needed = int(jnp.max(seen + lengths))
+        if needed > S:
+            raise InputError(f"the cache has {S} slots, a row now needs {needed}: give the prompt more room=.")
 
 
 def append(slots: Float[Array, "B K S *d"], new: Float[Array, "B T K *d"], seen: Int[Array, "B"]) -> Array:

@@ -83,7 +83,7 @@ class Step:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The states of all layers, and what they share (None for most policies)."""
+    """The states of all layers, and what they share (None for most policies), whose arrays lead with B like theirs."""
 
     layers: tuple[State, ...]
     shared: PyTree | None = None
@@ -99,7 +99,7 @@ class Cache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def rows(self, index: Int[Array, "B2"]) -> "Cache":
-        """The cache of the rows `index`: gathered, reordered or repeated (beams, shared prefixes)."""
+        """The cache of the rows `index`, each 0..B-1: gathered, reordered or repeated (beams, shared prefixes)."""
         return jax.tree.map(lambda x: jnp.take(x, index, axis=0), self)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfw.core.shapes import Array, Float, Int
-from jaxfw.models.cache.full import append
+from jaxfw.models.cache.full import append, check_room
 from jaxfw.models.cache.policy import QKV, AttentionSpec, Cache, Step
 from jaxfw.ops.attention import attend
 from jaxfw.ops.slots import attend_first
@@ -65,6 +65,7 @@ class Int8Cache:
         self, state: Int8State, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, shared=None, write=True
     ):
         """Write the new tokens behind the seen ones, then attend to all of them as they were rounded."""
+        check_room(state.seen, step.lengths, state.k.shape[2])
         after, dtype = _written(state, qkv, step), qkv.k.dtype
         k, v = dequantise(after.k, after.k_scale, dtype), dequantise(after.v, after.v_scale, dtype)
         if qkv.k.shape[1] == 1:

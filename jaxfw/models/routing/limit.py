@@ -28,7 +28,6 @@ class Limit:
             on the first choices of later ones, and a row on its neighbours.
         group: among which tokens capacity and turns count: "shard", the rows of one shard of the mesh (all without a
             mesh); "global", the whole batch; or the batch cut into that many groups of rows.
-        multiple: the capacity is rounded up to a multiple of it.
 
     Raises:
         InputError: a value outside its range.
@@ -36,16 +35,14 @@ class Limit:
 
     capacity: float | None = None
     group: str | int = "shard"
-    multiple: int = 1
 
     def __post_init__(self):
-        if self.capacity is not None and not self.capacity > 0:
-            raise InputError(f"experts.capacity={self.capacity} must be above 0, or None to drop nothing.")
+        if self.capacity is not None and not self.capacity >= routing.LEAST_FACTOR:
+            least = f"at least {routing.LEAST_FACTOR}"
+            raise InputError(f"experts.capacity={self.capacity} must be {least}, or None to drop nothing.")
         is_number = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
         if not is_number and self.group not in ("shard", "global"):
             raise InputError(f"experts.group={self.group!r} must be 'shard', 'global' or a number of groups from 1 on.")
-        if self.multiple < 1:
-            raise InputError(f"experts.multiple={self.multiple} must be at least 1.")
 
     def groups(self, rows: int, shards: int) -> int:
         """Groups among which capacity counts, on a mesh that cuts the rows into `shards`."""
@@ -57,4 +54,4 @@ class Limit:
     def room(self, tokens: Count, k: int, experts: int) -> Count:
         """What each expert takes of a group with that many valid tokens, a host number or traced counts."""
         assert self.capacity is not None
-        return routing.capacity(tokens, k=k, experts=experts, factor=self.capacity, multiple=self.multiple)
+        return routing.capacity(tokens, k=k, experts=experts, factor=self.capacity)

@@ -134,8 +134,9 @@ class ExpertChoice:
     is_causal: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not self.factor > 0:
-            raise InputError(f"router.factor={self.factor} must be above 0: the average number of experts a token.")
+        if not self.factor >= routing.LEAST_FACTOR:
+            least = f"at least {routing.LEAST_FACTOR}"
+            raise InputError(f"router.factor={self.factor} must be {least}: the average number of experts a token.")
         if self.groups < 1:
             raise InputError(f"router.groups={self.groups} must be at least 1.")
 

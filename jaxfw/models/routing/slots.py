@@ -55,20 +55,20 @@ def _run_tokens(
     k, axis = route.ids.shape[-1], layout.axis
     held = experts_of(params) * (1 if axis is None else jax.lax.axis_size(axis))
     tokens, ids, weights, mask = (in_groups(layout.groups, part) for part in (x, route.ids, route.weights, valid))
-    given = Assignments.of(ids, weights, mask, held)
+    given = Assignments(*routing.order_by_expert(ids, mask, held))
     load = jnp.sum(given.counts, axis=0)
     if limit.capacity is None:
         fullest = jnp.max(given.counts, axis=0)
         fullest = jax.lax.pmax(fullest, layout.axes) if layout.axes else fullest
-        y = run_dropless(params, tokens, given, fullest, axis)
+        y = run_dropless(params, tokens, weights, given, fullest, axis)
         kept = jnp.sum(load)
     else:
         room = limit.room(jnp.sum(mask, axis=1, dtype=jnp.int32), k, layout.experts)
         given = dataclasses.replace(given, counts=jnp.minimum(given.counts, jnp.reshape(room, (-1, 1))))
         N = tokens.shape[1]
         # Padding must not raise what an expert takes: the count of valid tokens rules, N only bounds the shape.
-        most = min(limit.room(N, k, layout.experts), -(-N // limit.multiple) * limit.multiple)
-        y = run_slots(params, tokens, *given.slots(N, most), axis)
+        slots = given.slots(weights, min(limit.room(N, k, layout.experts), N))
+        y = run_slots(params, tokens, *slots, axis)
         kept = jnp.sum(given.counts)
     return y.reshape(x.shape).astype(x.dtype), expert_stats(kept, load, layout.axes)
 

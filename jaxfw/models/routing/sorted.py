@@ -14,7 +14,8 @@ class Sorted(Limit):
     """Work for the assignments and some padding only; dropless by default. Takes routes of every kind.
 
     On a mesh, rows are sorted where they lie, and XLA brings the experts' weights there: where they are cut over the
-    expert axis, `ExpertParallel` moves tokens instead.
+    expert axis, `ExpertParallel` moves tokens instead. Under `jax.vmap` (clients side by side) dropless experts run all
+    that any load could need, more work than `Dense`: give a capacity, or `jax.lax.map` over the clients.
     """
 
     def __call__(
