@@ -132,7 +132,7 @@ def unit(x, axis):
     return x / np.linalg.norm(x, axis=axis, keepdims=True)
 
 
-# --- dropless: rooms for every load
+# --- dropless: a room, and blocks for every load
 
 
 def many(E, seed=1):
