@@ -22,8 +22,8 @@ def results(name: str) -> Any:
 
 
 def test_make_targets_exist():
-    known = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    used = set(re.findall(r"^make ([a-z]+)", SHELL, flags=re.M)) | set(re.findall(r"`make ([a-z]+)`", README))
+    known = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    used = set(re.findall(r"^make ([a-z0-9]+)", SHELL, flags=re.M)) | set(re.findall(r"`make ([a-z0-9]+)`", README))
     assert {"demo", "test", "help"} <= used <= known
 
 
@@ -60,6 +60,21 @@ def test_it_is_short_and_names_the_ten_systems():
     assert len({name for _, name in rows}) == 10
 
 
+def _figures_of_kernels_and_seams():
+    kernels, seams = results("kernels.json"), results("seams.json")["jobs"]
+    (count,) = {len(found["rows"]) for found in kernels.values()}
+    (spilled,) = {row["spilled_bytes"] for found in kernels.values() for row in found["rows"]}
+    step = results("h200.json")["programs"]["decode step, tensor=8, batch 8, cache 32768"]
+    largest = max(found["largest_bytes"] for found in step["collectives"].values())
+    ratios = (f"{job['ratio']:.2f} ({job['interval'][0]:.2f} to {job['interval'][1]:.2f})" for job in seams)
+    return [
+        f"on jax {' and '.join(kernels)} | {count} programs each, {spilled} bytes of registers spilled",
+        f"{step['kernels']['decode_attention']} calls, {step['bytes_per_device']['total'] / 2**30:.2f} GiB a device, "
+        f"largest collective {largest // 1024} KiB",
+        f"{' and '.join(ratios)} times the seconds",
+    ]
+
+
 def test_figures_are_those_of_the_committed_results():
     parity, greedy, quickstart = results("parity.json"), results("greedy.json")["total"], results("quickstart.json")
     worst = {kind: max(row["error"] for row in parity[kind]) for kind in ("parity", "gradients")}
@@ -75,6 +90,7 @@ def test_figures_are_those_of_the_committed_results():
         f"{losses['model']['value']:.2f} nats per token, bigram model {losses['bigram']['value']:.2f}",
         f"interval of the gain {gain['low']:.2f} to {gain['high']:.2f}",
     ]
+    figures += _figures_of_kernels_and_seams()
     jobs = results("cpu_lm.json")["jobs"]
     figures.append("| ratio | " + " | ".join(f"{job['ratio']:.2f}" for job in jobs) + " |")
     intervals = (f"{low:.2f} to {high:.2f}" for low, high in (job["interval"] for job in jobs))
@@ -83,9 +99,13 @@ def test_figures_are_those_of_the_committed_results():
     assert not re.findall(r"@\w+@", README)
 
 
-@pytest.mark.parametrize("name", ["parity.json", "greedy.json", "cpu_lm.json", "quickstart.json"])
+FILES = ("parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams")
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_results_say_where_they_come_from(name):
-    found = results(name)
+    found = results(f"{name}.json")
+    found = found["0.10.2"] if name == "kernels" else found
     provenance = found.get("environment", found)
     assert provenance["command"].startswith("python -m ")
     assert re.fullmatch(r"[0-9a-f]{40}", provenance["commit"]), "made from a commit, with nothing changed"
