@@ -20,10 +20,10 @@ from jaxfw.core.mesh import abstract_mesh
 from jaxfw.core.sharding import Rule, match, shardings, state_shardings, table
 from jaxfw.models import DecoderConfig, MoEConfig, init, stack_layers
 from jaxfw.models.presets import PRESETS, preset
-from jaxfw.models.routing.routers import SoftChoice
-from jaxfw.models.sharding import batch_shardings, cache_shardings, decoder_rules
+from jaxfw.models.routing.routers import SoftChoice, TokenChoice
+from jaxfw.models.sharding import ROUTER_STATES, batch_shardings, cache_shardings, decoder_rules
 from jaxfw.nn.layers import _token_dot
-from jaxfw.train.step import init_state
+from jaxfw.train import NextTokenLoss, init_state
 
 MIB = 2**20
 MESHES = {
@@ -217,6 +217,24 @@ def test_factored_moments_are_replicated_and_strangers_named():
     for stranger in ({"moment": {"w": array(256, 5)}}, {"ema": array(3)}):
         with pytest.raises(InputError, match=r"state (moment/w|ema) \[.*\] belongs to no parameter"):
             state_shardings(places, shapes, stranger)
+
+
+def test_what_routers_remember_is_laid_out_by_its_own_rule():
+    """The tree of a training state: a bias belongs to no parameter, and only its rule lays it out."""
+    mesh = abstract_mesh(fsdp=2, expert=2)
+    config = DecoderConfig(
+        vocab=64, width=32, ffn=64, layers=2, heads=4, kv_heads=2, head_dim=8, positions=16,
+        moe=MoEConfig(experts=4, per_token=2, ffn=16),
+    )  # fmt: skip
+    router = TokenChoice(2, scores="sigmoid", bias_rate=0.1)
+    params = jax.eval_shape(lambda: init(config, jax.random.key(0), router=router))
+    places = shardings(decoder_rules(config), mesh, params)
+    state = init_state(params, optax.adam(0.1), state=NextTokenLoss(config, router=router).init_state())
+    with pytest.raises(InputError, match=r"state state/routers/layers_0/bias \[4\] belongs to no parameter"):
+        state_shardings(places, params, state)
+    laid = state_shardings(places, params, state, rules=ROUTER_STATES)
+    assert laid.state["routers"]["layers_1"]["bias"].spec == P(None)
+    assert laid.params == places and laid.opt_state[0].mu == places
 
 
 def test_caches_are_cut_by_rows_and_key_heads_and_batches_by_rows():
