@@ -5,11 +5,13 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import h200
 from jaxfw.core import aot, hlo
 from jaxfw.models.presets import preset
+from jaxfw.ops.attention import attend
 
 pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 CONFIG, B, S = preset(h200.MODEL), 8, 32768
@@ -57,6 +59,18 @@ def test_the_prefill_of_a_layer_calls_cudnn():
     calls = hlo.custom_calls(compiled.text)
     assert calls["__cudnn$fmhaSoftmax"] == 1 and "__gpu$xla.gpu.triton" not in calls
     assert {found.kind for found in hlo.collectives(compiled.text)} == {"all-reduce"}
+
+
+@pytest.mark.parametrize("dtype, d, calls", [("bfloat16", 64, 2), ("bfloat16", 256, 0), ("float32", 64, 0)])
+def test_prompts_take_cudnn_forth_and_back_only_where_it_can(dtype, d, calls):
+    q, k = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 256, 4, d), (1, 2, 256, d)))
+
+    def loss(q, k, v):
+        return jnp.sum(attend(q, k, v, scale=0.1, window=100).astype(jnp.float32))
+
+    compiled = aot.compile(jax.grad(loss, argnums=(0, 1, 2)), q, k, k, mesh=aot.cluster("h200:1x1x1"))
+    found = {name: count for name, count in hlo.custom_calls(compiled.text).items() if name.startswith("__cudnn$fmha")}
+    assert sum(found.values()) == calls and len(found) == calls, "one forward, one backward"
 
 
 def test_key_heads_that_do_not_divide_leave_queries_with_them():

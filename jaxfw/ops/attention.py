@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxfw.core.errors import InputError, unknown
+from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int
 
 SMALLEST_BLOCK, LARGEST_BLOCK, BLOCKS = 128, 512, 8
@@ -29,7 +29,6 @@ def attend(
     scale: float,
     softmax_dtype=jnp.float32,
     window: int | None = None,
-    impl: str | None = None,
 ) -> Float[Array, "B T H d"]:
     """Attention of each query to the keys at or before its position, H a multiple of K.
 
@@ -37,11 +36,11 @@ def attend(
     row, and a query at position p reads the slots 0..p; slots beyond hold nothing and are ignored. With a `window`, a
     query reads its last `window` positions only.
 
-    Without positions, `impl` may be "cudnn" or "xla"; None takes cuDNN where the program is lowered for CUDA and cuDNN
-    can do it (half precision, d up to 128), whatever the machine that lowers it.
+    Without positions, a program that is lowered for CUDA calls cuDNN if it can do this (half precision, softmax in
+    float32, d up to 128), whatever the machine that lowers it; elsewhere XLA's form runs.
 
     Raises:
-        InputError: H is no multiple of K; an `impl` that is unknown, or that cannot run, with the reason.
+        InputError: H is no multiple of K; T differs from S without positions.
     """
     B, T, H, d = q.shape
     K, S = k.shape[1:3]
@@ -53,14 +52,8 @@ def attend(
         )
     if T != S:
         raise InputError(f"expected as many queries as keys without positions: got T={T}, S={S}.")
-    if impl not in (None, "cudnn", "xla"):
-        raise unknown("attention impl", impl, ("cudnn", "xla"))
-    reason = "it is not asked for" if impl == "xla" else _cudnn_reason(q.shape, K, str(q.dtype), softmax_dtype, window)
-    if impl == "cudnn" and reason:
-        raise InputError(f"attention impl='cudnn' cannot run: {reason}. Leave impl out to take XLA's.")
-    if reason:
-        return _attend_causal(q, k, v, scale, softmax_dtype, window)
-    return _attend_on_platform(q, k, v, scale, softmax_dtype, window)
+    is_possible = _cudnn_takes(q.shape, K, str(q.dtype), softmax_dtype, window)
+    return (_attend_on_platform if is_possible else _attend_causal)(q, k, v, scale, softmax_dtype, window)
 
 
 def in_query_blocks(
@@ -124,21 +117,19 @@ def _attend_cudnn(q, k, v, scale, window):
 
 
 @functools.lru_cache(maxsize=256)
-def _cudnn_reason(shape: tuple[int, ...], K: int, dtype: str, softmax_dtype, window: int | None) -> str | None:
-    """Why cuDNN cannot do this, or None: found by asking jax for the very call, on shapes alone."""
-    if shape[3] > 128:
-        # Some GPUs take 256, but this must not depend on the one in the machine that lowers.
-        return f"head width d={shape[3]} is above 128"
-    if jnp.dtype(softmax_dtype) != jnp.float32:
-        return f"its softmax is in float32, not {jnp.dtype(softmax_dtype).name}"
+def _cudnn_takes(shape: tuple[int, ...], K: int, dtype: str, softmax_dtype, window: int | None) -> bool:
+    """Whether cuDNN can do this: found by asking jax for the very call, on shapes alone."""
     B, T, H, d = shape
+    # Some GPUs take widths up to 256, but the answer must not hang on the one in the machine that lowers.
+    if d > 128 or jnp.dtype(softmax_dtype) != jnp.float32:
+        return False
     q, keys = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((B, K, T, d), dtype)
     try:
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             jax.eval_shape(lambda q, k, v: _attend_cudnn(q, k, v, 1.0, window), q, keys, keys)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-        return f"{error} (q {list(shape)} {dtype})"
-    return None
+    except (RuntimeError, ValueError, NotImplementedError, TypeError):  # no cuDNN here, or not for these shapes
+        return False
+    return True
 
 
 # Each branch takes its own gradient. Differentiated from outside, the choice between platforms would keep what the
