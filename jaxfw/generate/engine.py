@@ -81,7 +81,7 @@ def default_room(prompt: int, new: int) -> int:
 
 @partial(jax.jit, static_argnames="config")
 def _embed(config, params, tokens, step, taps):
-    return embed(config, params, tokens, sites=Sites(taps, step))
+    return embed(config, params, tokens, positions=step.positions, sites=Sites(taps, step))
 
 
 _layer = jax.jit(layer, static_argnames=("config", "policy", "room", "write", "router", "experts"), donate_argnames="x")

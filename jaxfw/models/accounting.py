@@ -30,12 +30,23 @@ def forward_flops(config: DecoderConfig, *, batch: int, length: int) -> int:
     >>> round(forward_flops(llama_2_7b, batch=1, length=4096) / 4096 / 1e9, 2)  # GFLOP per token
     14.29
     """
+    layers = range(config.layers)
+    weights = sum(_layer_weights(config, i) for i in layers) + config.vocab * config.width
+    pairs = sum(_attended(config.at(i).window, length) for i in layers)
+    return 2 * batch * (length * weights + 2 * config.heads * config.head_dim * pairs)
+
+
+def _layer_weights(config: DecoderConfig, layer: int) -> int:
+    """Weights that each token is multiplied by in that layer."""
     attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    moe = config.moe
-    sparse = sum(moe.is_in(i) for i in range(config.layers)) if moe else 0
-    weights = config.layers * attention + (config.layers - sparse) * 3 * config.width * config.ffn
-    if moe:
-        weights += sparse * config.width * (3 * moe.ffn * moe.per_token + moe.experts)
-    weights += config.vocab * config.width
-    scores = config.layers * 2 * config.heads * config.head_dim * length // 2
-    return 2 * batch * length * (weights + scores)
+    matrices, moe = 3 if config.gated else 2, config.moe
+    if moe is None or not moe.is_in(layer):
+        return attention + matrices * config.width * config.ffn
+    experts = matrices * (moe.ffn * moe.per_token + moe.shared) + moe.experts + moe.shared_gate
+    return attention + config.width * experts
+
+
+def _attended(window: int | None, length: int) -> int:
+    """Pairs of query and key: half of the square, or of its band."""
+    reach = min(window or length, length)
+    return reach * length - reach * reach // 2 if window else length * length // 2

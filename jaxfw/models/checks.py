@@ -40,6 +40,11 @@ def check_layers(config: DecoderConfig, params: PyTree) -> None:
             raise InputError(
                 f"stacked layers are of one kind, config.moe={config.moe} says otherwise: see stack_layers."
             )
+        if len({config.at(i) for i in range(config.layers)}) > 1:
+            raise InputError(
+                f"stacked layers are of one kind, but config.full_attention={config.full_attention} lifts the window "
+                "of some: use unstacked parameters."
+            )
         return
     for i, has_experts in enumerate(kinds):
         name = f"layers_{i}"
@@ -67,7 +72,7 @@ def check_cache(config: DecoderConfig, shape: tuple[int, ...], policy: Any, cach
         return
     if cache.seen.shape != (B,):
         raise InputError(f"the cache has {cache.seen.shape[0]} rows, the tokens {B}: see Cache.rows.")
-    spec, dtype = attention_spec(config), jnp.dtype(config.dtype)
+    spec, dtype = attention_spec(config.at(0)), jnp.dtype(config.dtype)
     fresh = jax.eval_shape(lambda: policy.at(0).empty(B, spec=spec, prompt=T, new=1, dtype=dtype))
     if type(fresh) is not type(cache.layers[0]):
         raise InputError(f"a cache of {type(cache.layers[0]).__name__}s was not made by {policy!r}: give its policy.")

@@ -80,7 +80,7 @@ def _apply(module: Any, params: PyTree, *arguments: Any, method: str | None = No
 
 
 def attention_spec(config: DecoderConfig) -> AttentionSpec:
-    """The static description of every layer's attention."""
+    """The static description of a layer's attention: of `config.at(layer)`, where layers differ."""
     return AttentionSpec(
         config.kv_heads, config.head_dim, config.head_dim**-0.5, config.rope, config.softmax_dtype, config.window
     )
@@ -99,10 +99,16 @@ def embed(
     params: PyTree,
     tokens: Int[Array, "B T"],
     *,
+    positions: Int[Array, "B T"] | None = None,
     sites: SiteFn = _no_sites,
 ) -> Float[Array, "B T D"]:
-    """The residual stream before the first layer; `params` is the whole tree, `sites` a `Sites` for taps."""
-    x = sites("embed", _apply(Embedding(config), params["embed"], tokens))
+    """The residual stream before the first layer; `params` is the whole tree, `sites` a `Sites` for taps.
+
+    `positions` are 0..T-1 if not given; what extends a cache has others.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    x = sites("embed", _apply(Embedding(config), params["embed"], tokens, positions))
     return constrain(x, BATCH_AXES, None, None)
 
 
@@ -139,10 +145,8 @@ def attend_half(
 
     def mix(q_pre, k_pre, v, hidden, w_o):
         q_pre, k_pre = sites("attn/q_pre", q_pre), sites("attn/k_pre", k_pre)
-        cos, sin = rotation(
-            config.rope, step.positions, width=config.head_dim, seq_len=step.positions[:, 0] + step.lengths
-        )
-        q, k = sites("attn/q", rotate(q_pre, cos, sin)), sites("attn/k", rotate(k_pre, cos, sin))
+        q, k = _rotated(config, q_pre, k_pre, step)
+        q, k = sites("attn/q", q), sites("attn/k", k)
         q = constrain(q, *_HEADS, shape=k.shape)  # a query head lies where its key head does
         k, v = constrain(k, *_HEADS), constrain(sites("attn/v", v), *_HEADS)
         if policy is None:
@@ -164,6 +168,14 @@ def attend_half(
 
     x, new = _apply(Block(config), params, x, mix, sites, method="attend_half")
     return LayerOutput(constrain(x, BATCH_AXES, None, None), new, collected=tuple(sites.collected))
+
+
+def _rotated(config: DecoderConfig, q: Array, k: Array, step: Step) -> tuple[Array, Array]:
+    if config.rope is None:
+        return q, k
+    seq_len = step.positions[:, 0] + step.lengths
+    cos, sin = rotation(config.rope, step.positions, width=config.head_dim, seq_len=seq_len)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def _check_state(policy: CachePolicy, before: Any, after: Any) -> None:
@@ -234,6 +246,8 @@ def mlp_half(
             f"site 'moe/ids' needs a router by which tokens choose: {router!r} gives {type(chosen).__name__}."
         )
     out, stats = run_experts(config, params, hidden, chosen, context, experts=experts)
+    if config.moe is not None and config.moe.shared:
+        out += _apply(Block(config, router), params, hidden, method="shared_expert")
     x = sites("resid/out", x + sites("mlp/out", out))
     return LayerOutput(
         constrain(x, BATCH_AXES, None, None), None, aux.losses, _expert_metrics(aux, stats), aux.state,

@@ -2,12 +2,15 @@
 
 Two layouts are in use. v4, which most of the Hub holds: `rope_theta` and `rope_scaling` side by side, `torch_dtype`.
 v5, which transformers 5 writes: one `rope_parameters`, `dtype`. Both are read; what is written holds the keys of both.
+
+`read_shared` and `write_shared` are what LLaMA and the families after it have alike; a family adds what differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from jaxfw.core.errors import InputError, unknown
+from jaxfw.nn.config import DecoderConfig
 from jaxfw.ops.rope import KINDS, Rope
 
 # Attributes that change neither parameters nor results of a decoder here.
@@ -23,7 +26,9 @@ IRRELEVANT = frozenset(
     "temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate "
     "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
-    "begin_suppress_tokens".split()
+    "begin_suppress_tokens "
+    # How the losses of routers enter a training loss, which `NextTokenLoss.router_losses` says here.
+    "router_aux_loss_coef aux_loss_alpha seq_aux output_router_logits".split()
 )
 
 # Attributes that do nothing at this value; at any other they would change results, and are refused.
@@ -36,8 +41,10 @@ NEUTRAL = {
     "partial_rotary_factor": 1.0,
     "pruned_heads": {},
     "rope_interleaved": False,
+    "router_jitter_noise": 0.0,
     "tie_encoder_decoder": False,
     "torchscript": False,
+    "use_mrope": False,
     "use_bidirectional_attention": False,
     "use_sliding_window": False,
     "use_qk_norm": False,
@@ -48,7 +55,35 @@ NEUTRAL = {
 
 REMEDIES = {
     "quantization_config": "Load the unquantised checkpoint, or dequantise it once with the library that wrote it.",
-    "sliding_window": "Families with sliding windows are not built yet.",
+    "sliding_window": "A LLaMA with sliding windows has model_type 'mistral'.",
+}
+
+# Buffers that old checkpoints hold beside the parameters; they are computed from config.json here.
+ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+
+# What `read_shared` reads.
+SHARED = frozenset(
+    "head_dim hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads "
+    "num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings "
+    "vocab_size".split()
+)
+# What `read_windows` reads.
+WINDOWS = frozenset("layer_types max_window_layers sliding_window use_sliding_window".split())
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# What `write_shared` says without a word; a configuration that differs needs a family that can say so.
+_UNSAID = {
+    "norm": "rms",
+    "activation": "silu",
+    "gated": True,
+    "learned_positions": False,
+    "qk_norm": None,
+    "qkv_bias": False,
+    "out_bias": False,
+    "mlp_bias": False,
+    "window": None,
+    "full_attention": (),
+    "moe": None,
 }
 
 # Attribute of rope_scaling -> (field of `Rope`, its type).
@@ -82,17 +117,26 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 Value = TypeVar("Value", int, float, bool)
 
 
-def check_attributes(attributes: dict[str, Any], used: set[str]) -> None:
-    """Raise one `InputError` that lists every attribute which is neither used nor known to change nothing."""
-    refused = []
+def check_attributes(
+    attributes: Mapping[str, Any],
+    used: Collection[str],
+    *,
+    irrelevant: Collection[str] = (),
+    neutral: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise one `InputError` that lists every attribute which is neither used nor known to change nothing.
+
+    `irrelevant` and `neutral` are the family's own additions to `IRRELEVANT` and `NEUTRAL`.
+    """
+    refused, known = [], NEUTRAL | dict(neutral or {})
     for name, value in sorted(attributes.items()):
-        if name in used or name in IRRELEVANT or value is None:
+        if name in used or name in IRRELEVANT or name in irrelevant or value is None:
             continue
-        if name in NEUTRAL:
-            neutral = NEUTRAL[name] if isinstance(NEUTRAL[name], tuple) else (NEUTRAL[name],)
-            if value in neutral:
+        if name in known:
+            values = known[name] if isinstance(known[name], tuple) else (known[name],)
+            if value in values:
                 continue
-            refused.append(f"{name}={value!r} (only {neutral[0]!r} is supported)")
+            refused.append(f"{name}={value!r} (only {values[0]!r} is supported)")
         else:
             refused.append(f"{name}={value!r}" + (f" ({REMEDIES[name]})" if name in REMEDIES else ""))
     if refused:
@@ -133,7 +177,149 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300 and (kind is float or value == int(value))
 
 
-def read_rope(attributes: dict[str, Any], positions: int) -> Rope:
+def read_shared(
+    attributes: Mapping[str, Any],
+    *,
+    positions: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    norm_eps: float = 1e-6,
+) -> dict[str, Any]:
+    """Fields of a `DecoderConfig` from the attributes `SHARED`.
+
+    The keywords are the family's defaults for attributes that are absent. None is as many key heads as query heads, and
+    the width divided by the heads.
+    """
+    width, heads = attribute(attributes, "hidden_size", int), attribute(attributes, "num_attention_heads", int)
+    if kv_heads is None or "num_key_value_heads" in attributes:  # there, but null: not the family's default
+        kv_heads = heads
+    positions = attribute(attributes, "max_position_embeddings", int, positions)
+    return {
+        "vocab": attribute(attributes, "vocab_size", int),
+        "width": width,
+        "ffn": attribute(attributes, "intermediate_size", int),
+        "layers": attribute(attributes, "num_hidden_layers", int),
+        "heads": heads,
+        "kv_heads": attribute(attributes, "num_key_value_heads", int, kv_heads),
+        "head_dim": attribute(attributes, "head_dim", int, head_dim or width // max(heads, 1)),
+        "positions": positions,
+        "rope": read_rope(attributes, positions),
+        "norm_eps": attribute(attributes, "rms_norm_eps", float, norm_eps),
+        "tie_embeddings": attribute(attributes, "tie_word_embeddings", bool, False),
+        "init_std": attribute(attributes, "initializer_range", float, 0.02),
+    }
+
+
+def check_fields(config: DecoderConfig, model_type: str, wanted: Mapping[str, Any]) -> None:
+    """Raise one `InputError` that names every field which a config.json of that family cannot express."""
+    refused = [
+        f"model.{name}={getattr(config, name)!r} (only {value!r})"
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    ]
+    if refused:
+        raise InputError(
+            f"a config.json of model_type {model_type!r} cannot express {'; '.join(refused)}. "
+            "Save under the model_type of a family that can."
+        )
+
+
+def write_shared(
+    config: DecoderConfig, model_type: str, architecture: str, *, says: Collection[str] = (), **fixed: Any
+) -> dict[str, Any]:
+    """The attributes `SHARED`, in the v4 and the v5 layout at once, and those that go without saying.
+
+    Fields that the family expresses by attributes of its own are named in `says`; `fixed` are values that all its
+    models have. Any other value of a field is refused: see `check_fields`.
+    """
+    check_fields(config, model_type, {k: v for k, v in (_UNSAID | fixed).items() if k not in says})
+    if config.rope is None:
+        raise InputError(f"a config.json of model_type {model_type!r} cannot express model.rope=None: give a Rope.")
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.positions,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+        **write_rope(config.rope),
+        "torch_dtype": config.param_dtype,
+        "dtype": config.param_dtype,
+    }
+
+
+def read_windows(attributes: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Qwen's sliding windows, the fields `window` and `full_attention`, from the attributes `WINDOWS`.
+
+    The layers from `max_window_layers` on have a window, unless `layer_types` (v5) says which.
+    """
+    window = None
+    if attribute(attributes, "use_sliding_window", bool, False):
+        window = read_window(attributes)
+    first = attribute(attributes, "max_window_layers", int, 28)
+    kinds = attributes.get("layer_types")
+    if kinds is None:
+        kinds = [LAYER_TYPES[window is not None and i >= first] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
+        raise InputError(
+            f"config.json: layer_types={kinds!r:.80} must name one of {', '.join(LAYER_TYPES)} for each of the "
+            f"num_hidden_layers={layers} layers."
+        )
+    full = tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[0])
+    if window is None and len(full) < layers:
+        raise InputError(
+            "config.json: layer_types has sliding_attention, but there is no window: set use_sliding_window to true and "
+            "sliding_window to a number of positions."
+        )
+    if len(full) == layers:
+        return {"window": None, "full_attention": ()}
+    return {"window": window, "full_attention": full}
+
+
+def read_window(attributes: Mapping[str, Any]) -> int | None:
+    """`sliding_window`: null is no window, absent is transformers' default of 4096."""
+    if attributes.get("sliding_window", 4096) is None:
+        return None
+    return attribute(attributes, "sliding_window", int, 4096)
+
+
+def write_windows(config: DecoderConfig) -> dict[str, Any]:
+    """The attributes `WINDOWS`. Libraries that know no `layer_types` read the same if full layers come first."""
+    is_full = [config.at(i).window is None for i in range(config.layers)]
+    return {
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "max_window_layers": is_full.index(False) if False in is_full else config.layers,
+        "layer_types": [LAYER_TYPES[not full] for full in is_full],
+    }
+
+
+def read_attention_bias(attributes: Mapping[str, Any]) -> dict[str, bool]:
+    """The fields `qkv_bias` and `out_bias` from `attention_bias`, which says both."""
+    has_bias = attribute(attributes, "attention_bias", bool, False)
+    return {"qkv_bias": has_bias, "out_bias": has_bias}
+
+
+def write_attention_bias(config: DecoderConfig) -> dict[str, bool]:
+    """`attention_bias`; `InputError` where queries, keys and values have biases and the output has none, or so."""
+    if config.qkv_bias != config.out_bias:
+        raise InputError(
+            f"model.qkv_bias={config.qkv_bias} and model.out_bias={config.out_bias} differ, but config.json has one "
+            "attention_bias for all four projections: set both alike."
+        )
+    return {"attention_bias": config.qkv_bias}
+
+
+def read_rope(attributes: Mapping[str, Any], positions: int) -> Rope:
     """The rotary embedding from either layout; `rope_parameters` (v5) wins where both are present."""
     scaling = _rope_scaling(attributes)
     theta = attribute(attributes, "rope_theta", float, 10000.0)
@@ -177,8 +363,10 @@ def _rope_scaling(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """The same in both layouts: `rope_theta` and `rope_scaling` (v4), `rope_parameters` (v5)."""
+def write_rope(rope: Rope | None) -> dict[str, Any]:
+    """The same in both layouts: `rope_theta` and `rope_scaling` (v4), `rope_parameters` (v5); nothing for None."""
+    if rope is None:
+        return {}
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     for name in _ROPE_READS[rope.kind]:
         value = getattr(rope, _ROPE_KEYS[name][0])

@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxfw.core.errors import InputError
 from jaxfw.models.hub_config import attribute, check_attributes, read_rope, write_rope
+from jaxfw.models.hub_names import Stored, llama_tensors
 from jaxfw.nn.config import DecoderConfig
 
 MODEL_TYPE = "llama"
@@ -78,28 +79,6 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def tensor_names(config: DecoderConfig) -> dict[str, str]:
-    """Parameter path here (joined by '/') -> tensor name on the Hub. Kernels are transposed there.
-
-    >>> from jaxfw.models import DecoderConfig
-    >>> tiny = DecoderConfig(vocab=8, width=4, ffn=8, layers=1, heads=2, kv_heads=1, head_dim=2, positions=8)
-    >>> tensor_names(tiny)["layers_0/attn/q/kernel"]
-    'model.layers.0.self_attn.q_proj.weight'
-    """
-    names = {"embed/embedding": "model.embed_tokens.weight", "head/norm/scale": "model.norm.weight"}
-    if not config.tie_embeddings:
-        names["head/lm_head"] = "lm_head.weight"
-    projections = {
-        **{f"attn/{x}": (f"self_attn.{x}_proj", config.qkv_bias) for x in "qkv"},
-        "attn/o": ("self_attn.o_proj", config.out_bias),
-        **{f"mlp/{x}": (f"mlp.{x}_proj", config.mlp_bias) for x in ("gate", "up", "down")},
-    }
-    for i in range(config.layers):
-        ours, theirs = f"layers_{i}", f"model.layers.{i}"
-        names[f"{ours}/attn_norm/scale"] = f"{theirs}.input_layernorm.weight"
-        names[f"{ours}/mlp_norm/scale"] = f"{theirs}.post_attention_layernorm.weight"
-        for part, (name, has_bias) in projections.items():
-            names[f"{ours}/{part}/kernel"] = f"{theirs}.{name}.weight"
-            if has_bias:
-                names[f"{ours}/{part}/bias"] = f"{theirs}.{name}.bias"
-    return names
+def tensors(config: DecoderConfig) -> dict[str, Stored]:
+    """Where each parameter lies in the files."""
+    return llama_tensors(config)

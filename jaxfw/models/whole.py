@@ -94,12 +94,12 @@ def trunk(
     if "layers" in params:
         if policy is not None:
             raise InputError("stacked layers cannot fill or read a cache: unstack_layers(params) first.")
-        return _scan(params["layers"], config, x, step, options, held_by, collected, run_layer)
+        return _scan(params["layers"], config.at(0), x, step, options, held_by, collected, run_layer)
     outs: list[LayerOutput] = []
     for i in range(config.layers):
         name, reads_previous = f"layers_{i}", policy is not None and policy.reads_previous
         out = run_layer(
-            config, params[name], x, dataclasses.replace(step, layer=np.int32(i)),
+            config.at(i), params[name], x, dataclasses.replace(step, layer=np.int32(i)),
             policy=None if policy is None else policy.at(i),
             state=None if cache is None else cache.layers[i],
             room=x.shape[1] if room is None else room,
@@ -219,7 +219,7 @@ def forward(
     if cache is not None:
         step = dataclasses.replace(step, positions=step.positions + cache.seen[:, None])
     sites = Sites(taps, step, tap.empty(config, taps, B, T))
-    x = embed(config, params, tokens, sites=sites)
+    x = embed(config, params, tokens, positions=step.positions, sites=sites)
     out = trunk(
         config, params, x, step, policy=policy, cache=cache, room=room, write=write, router=router, experts=experts,
         state=state, taps=taps, collected=tuple(sites.collected), run_layer=run_layer,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxfw.core.shapes import Array, Float, Int
 from jaxfw.nn.config import DecoderConfig
-from jaxfw.ops.norms import rms_norm
+from jaxfw.ops.activations import ACTIVATIONS
+from jaxfw.ops.norms import layer_norm, rms_norm
 
 # (q [B T H d], k [B T K d], v [B T K d], hidden [B T D], w_o [H*d D]) -> (heads [B T H d], anything)
 Mix = Callable[..., tuple[Array, Any]]
@@ -21,15 +22,19 @@ def _pass(site: str, x: Array) -> Array:
     return x
 
 
-class RMSNorm(nn.Module):
-    """Declares `scale` [D] and normalises the last axis."""
+class Norm(nn.Module):
+    """Declares `scale` [D], of kind "layer" also `bias` [D], and normalises the last axis."""
 
     config: DecoderConfig
+    kind: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.dtype(self.config.param_dtype))
-        return rms_norm(x, scale, eps=self.config.norm_eps)
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        shape, dtype, eps = x.shape[-1:], jnp.dtype(self.config.param_dtype), self.config.norm_eps
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        if self.kind == "rms":
+            return rms_norm(x, scale, eps=eps)
+        return layer_norm(x, scale, self.param("bias", nn.initializers.zeros, shape, dtype), eps=eps)
 
 
 def _token_dot(x: Float[Array, "B T D"], kernel: Array, dimension_numbers, **options) -> Array:
@@ -58,7 +63,7 @@ def _dense(config: DecoderConfig, features: int, use_bias: bool) -> nn.Dense:
 
 
 class Attention(nn.Module):
-    """Declares the four projections; how queries meet keys is `mix`, given by the caller."""
+    """Declares the four projections and their norms; how queries meet keys is `mix`, given by the caller."""
 
     config: DecoderConfig
 
@@ -68,51 +73,76 @@ class Attention(nn.Module):
         self.k = _dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
         self.v = _dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
         self.o = _dense(c, c.width, c.out_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = Norm(c, "rms"), Norm(c, "rms")
+
+    def _queries_and_keys(self, hidden: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H d"], Array]:
+        c, (B, T, _) = self.config, hidden.shape
+        q, k = self.q(hidden), self.k(hidden)
+        if c.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.reshape(B, T, c.heads, c.head_dim), k.reshape(B, T, c.kv_heads, c.head_dim)
+        return (self.q_norm(q), self.k_norm(k)) if c.qk_norm == "head" else (q, k)
 
     def __call__(self, hidden: Float[Array, "B T D"], mix: Mix) -> tuple[Float[Array, "B T D"], Any]:
-        B, T, _ = hidden.shape
-        c = self.config
-        q = self.q(hidden).reshape(B, T, c.heads, c.head_dim)
-        k = self.k(hidden).reshape(B, T, c.kv_heads, c.head_dim)
+        c, (B, T, _) = self.config, hidden.shape
+        q, k = self._queries_and_keys(hidden)
         v = self.v(hidden).reshape(B, T, c.kv_heads, c.head_dim)
         w_o = None if self.is_initializing() else self.o.variables["params"]["kernel"]
         heads, state = mix(q, k, v, hidden, w_o)
         return self.o(heads.reshape(B, T, c.heads * c.head_dim)), state
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) without a gate."""
 
     config: DecoderConfig
+    width: int
+    use_bias: bool
 
     def setup(self):
         c = self.config
-        self.gate = _dense(c, c.ffn, c.mlp_bias)
-        self.up = _dense(c, c.ffn, c.mlp_bias)
-        self.down = _dense(c, c.width, c.mlp_bias)
+        if c.gated:
+            self.gate = _dense(c, self.width, self.use_bias)
+        self.up = _dense(c, self.width, self.use_bias)
+        self.down = _dense(c, c.width, self.use_bias)
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
+        act = ACTIVATIONS[self.config.activation]
+        if not self.config.gated:
+            return self.down(tap("mlp/key", act(self.up(x))))
         # Gradients recompute the product: kept, its factors would double what a layer holds of [B T F].
-        gated = jax.checkpoint(lambda gate, up: nn.silu(gate) * up)
+        gated = jax.checkpoint(lambda gate, up: act(gate) * up)
         return self.down(tap("mlp/key", gated(self.gate(x), self.up(x))))
 
 
 class MoE(nn.Module):
     """Declares `router`, as the router's own `init` makes it, and `experts`: gate, up [E D F] and down [E F D].
 
-    What they compute is `jaxfw.models.routing`'s: called only to be initialised.
+    What those compute is `jaxfw.models.routing`'s. What every token passes is here: `shared` and its gate.
     """
 
     config: DecoderConfig
     router: Any
 
+    def setup(self):
+        moe = self.config.moe
+        assert moe is not None
+        if moe.shared:
+            self.shared = FeedForward(self.config, moe.shared, use_bias=False)
+        if moe.shared_gate:
+            self.shared_gate = _dense(self.config, 1, False)
+
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Declares everything, and returns what all tokens pass."""
         c, moe = self.config, self.config.moe
         assert moe is not None
         dtype, D, E, F = jnp.dtype(c.param_dtype), c.width, moe.experts, moe.ffn
         self.param("router", lambda key: self.router.init(key, D, E, std=c.init_std, dtype=dtype))
         shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+        if not c.gated:
+            del shapes["gate"]
 
         def init_experts(key):
             keys = jax.random.split(key, len(shapes))
@@ -120,7 +150,16 @@ class MoE(nn.Module):
             return {name: draw(k, shape, dtype) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
 
         self.param("experts", init_experts)
-        return x
+        return self.for_all(x)
+
+    def for_all(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the shared feed-forward adds to the experts' answers; zeros without one."""
+        moe = self.config.moe
+        assert moe is not None
+        if not moe.shared:
+            return jnp.zeros_like(x)
+        out = self.shared(x)
+        return out * nn.sigmoid(self.shared_gate(x)) if moe.shared_gate else out
 
 
 class Block(nn.Module):
@@ -130,13 +169,14 @@ class Block(nn.Module):
     router: Any = None
 
     def setup(self):
-        self.attn_norm = RMSNorm(self.config)
-        self.attn = Attention(self.config)
-        self.mlp_norm = RMSNorm(self.config)
+        c = self.config
+        self.attn_norm = Norm(c, c.norm)
+        self.attn = Attention(c)
+        self.mlp_norm = Norm(c, c.norm)
         if self.router is None:
-            self.mlp = GatedMLP(self.config)
+            self.mlp = FeedForward(c, c.ffn, c.mlp_bias)
         else:
-            self.moe = MoE(self.config, self.router)
+            self.moe = MoE(c, self.router)
 
     def attend_half(self, x: Float[Array, "B T D"], mix: Mix, tap: Tap = _pass) -> tuple[Float[Array, "B T D"], Any]:
         """The residual after attention, and what `mix` returned beside the heads."""
@@ -146,6 +186,10 @@ class Block(nn.Module):
     def mlp_input(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
         """The normalised residual that the feed-forward part, or router and experts, read."""
         return tap("mlp/in", self.mlp_norm(x))
+
+    def shared_expert(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What every token gets beside its experts' answers."""
+        return self.moe.for_all(hidden)
 
     def mlp_half(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
         """The residual after the feed-forward part."""
@@ -159,16 +203,21 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Declares `embedding` [V D]; a lookup."""
+    """Declares `embedding` [V D]; a lookup. With learned positions also `positions` [P D], which is added."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         c = self.config
-        shape = (c.vocab, c.width)
-        table = self.param("embedding", nn.initializers.normal(c.init_std), shape, jnp.dtype(c.param_dtype))
-        return jnp.take(table, tokens, axis=0).astype(jnp.dtype(c.dtype))
+        init, dtype = nn.initializers.normal(c.init_std), jnp.dtype(c.param_dtype)
+        table = self.param("embedding", init, (c.vocab, c.width), dtype)
+        x = jnp.take(table, tokens, axis=0).astype(jnp.dtype(c.dtype))
+        if c.learned_positions:
+            table = self.param("positions", init, (c.positions, c.width), dtype)
+            # Padding may lie beyond the table.
+            x += jnp.take(table, positions, axis=0, mode="clip").astype(x.dtype)
+        return x
 
 
 class Head(nn.Module):
@@ -180,7 +229,7 @@ class Head(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], table: Float[Array, "V D"] | None, tap: Tap = _pass
     ) -> Float[Array, "B T V"]:
-        x = tap("final", RMSNorm(self.config, name="norm")(x))
+        x = tap("final", Norm(self.config, self.config.norm, name="norm")(x))
         if table is None:
             c = self.config
             init = nn.initializers.normal(c.init_std)
@@ -207,7 +256,7 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B T"], mix: Mix) -> Float[Array, "B T V"]:
         """Logits of the plain forward, without a cache; `mix` as for `Attention`."""
-        x = self.embed(tokens)
+        x = self.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         for block in self.layers:
             x, _ = block(x, mix)
         return self.head(x, self.embed.variables["params"]["embedding"] if self.config.tie_embeddings else None)

@@ -17,3 +17,17 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], *, eps: float) -
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], bias: Float[Array, "D"], *, eps: float
+) -> Float[Array, "*B D"]:
+    """Subtract the mean, divide by the deviation, scale and shift (Ba et al. 2016, arXiv:1607.06450); float32 inside.
+
+    >>> layer_norm(jnp.array([1.0, 3.0]), jnp.full(2, 2.0), jnp.ones(2), eps=0.0).tolist()
+    [-1.0, 3.0]
+    """
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normalised = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normalised * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)

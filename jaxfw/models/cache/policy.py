@@ -30,7 +30,7 @@ class AttentionSpec:
     kv_heads: int
     head_dim: int
     scale: float
-    rope: Rope
+    rope: Rope | None
     softmax_dtype: str
     window: int | None = None
 
