@@ -3,6 +3,8 @@
 Nothing here is taken from jaxfw but the layout of parameters: it is what tests of taps compare with.
 """
 
+import math
+
 import numpy as np
 
 
@@ -18,32 +20,71 @@ def run(config, params, tokens, lengths, hook=lambda site, layer, x: x):
         mask = valid.reshape(*valid.shape, *[1] * (x.ndim - 3))
         return np.where(mask, hook(site, layer, np.where(mask, x, 0)), 0)
 
-    def norm(x, scale):
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_eps) * scale
+    def rms(x, p):
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + c.norm_eps) * p["scale"]
 
-    x = at("embed", None, params["embed"]["embedding"][tokens])
+    def norm(x, p):
+        if c.norm == "rms":
+            return rms(x, p)
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + c.norm_eps) * p["scale"] + p["bias"]
+
+    def project(x, p):
+        return x @ p["kernel"] + p.get("bias", 0)
+
+    x = params["embed"]["embedding"][tokens]
+    if c.learned_positions:
+        x = x + params["embed"]["positions"][:T]
+    x = at("embed", None, x)
     for i in range(c.layers):
         p = params[f"layers_{i}"]
         x = at("resid/in", i, x)
-        hidden = at("attn/in", i, norm(x, p["attn_norm"]["scale"]))
-        heads = {name: hidden @ p["attn"][name]["kernel"] for name in "qkv"}
+        hidden = at("attn/in", i, norm(x, p["attn_norm"]))
+        heads = {name: project(hidden, p["attn"][name]) for name in "qkv"}
+        if c.qk_norm == "projection":
+            heads |= {name: rms(heads[name], p["attn"][f"{name}_norm"]) for name in "qk"}
         q, k, v = (heads[name].reshape(*x.shape[:2], -1, c.head_dim) for name in "qkv")
+        if c.qk_norm == "head":
+            q, k = rms(q, p["attn"]["q_norm"]), rms(k, p["attn"]["k_norm"])
         q, k = at("attn/q_pre", i, q), at("attn/k_pre", i, k)
-        q, k = at("attn/q", i, _rotate(q, c.rope.theta)), at("attn/k", i, _rotate(k, c.rope.theta))
-        out, lse = _attend(q, k, at("attn/v", i, v), c.window)
+        if c.rope:
+            q, k = _rotate(q, c.rope.theta), _rotate(k, c.rope.theta)
+        q, k = at("attn/q", i, q), at("attn/k", i, k)
+        out, lse = _attend(q, k, at("attn/v", i, v), None if i in c.full_attention else c.window)
         at("attn/lse", i, lse)
         out = at("attn/head_out", i, out).reshape(*x.shape[:2], -1)
-        x = x + at("attn/out", i, out @ p["attn"]["o"]["kernel"])
+        x = x + at("attn/out", i, project(out, p["attn"]["o"]))
         x = at("resid/mid", i, x)
-        hidden = at("mlp/in", i, norm(x, p["mlp_norm"]["scale"]))
+        hidden = at("mlp/in", i, norm(x, p["mlp_norm"]))
         if "mlp" in p:
-            out = at("mlp/key", i, _gated(hidden, *(p["mlp"][name]["kernel"] for name in ("gate", "up"))))
-            out = out @ p["mlp"]["down"]["kernel"]
+            out = at("mlp/key", i, _ffn_key(hidden, p["mlp"], c.activation, project))
+            out = project(out, p["mlp"]["down"])
         else:
             out = _experts(p["moe"], hidden, c.moe.per_token, lambda site, x, i=i: at(site, i, x))
+            if c.moe.shared:
+                shared = p["moe"]["shared"]
+                always = project(_ffn_key(hidden, shared, c.activation, project), shared["down"])
+                gate = _sigmoid(project(hidden, p["moe"]["shared_gate"])) if c.moe.shared_gate else 1
+                out = out + gate * always
         x = at("resid/out", i, x + at("mlp/out", i, out))
-    x = at("final", None, norm(x, params["head"]["norm"]["scale"]))
-    return np.where(valid, x @ params["head"]["lm_head"].T, 0)
+    x = at("final", None, norm(x, params["head"]["norm"]))
+    table = params["embed"]["embedding"] if c.tie_embeddings else params["head"]["lm_head"]
+    return np.where(valid, x @ table.T, 0)
+
+
+def _sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+_ACTIVATIONS = {
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+}
+
+
+def _ffn_key(x, p, activation, project):
+    act, up = _ACTIVATIONS[activation], project(x, p["up"])
+    return act(project(x, p["gate"])) * up if "gate" in p else act(up)
 
 
 def _rotate(x, theta):
@@ -66,11 +107,6 @@ def _attend(q, k, v, window):
     return out, lse
 
 
-def _gated(x, gate, up):
-    gate = x @ gate
-    return gate / (1 + np.exp(-gate)) * (x @ up)
-
-
 def _experts(p, hidden, k, at):
     """Softmax over the chosen k logits (k > 1)."""
     logits = hidden @ p["router"]["kernel"]
@@ -83,7 +119,7 @@ def _experts(p, hidden, k, at):
         shares = np.exp(logits[b, t, ids[b, t]])
         for e, share in zip(ids[b, t], shares / shares.sum()):
             gate, up, down = (p["experts"][name][e] for name in ("gate", "up", "down"))
-            out[b, t] += share * _gated(hidden[b, t], gate, up) @ down
+            out[b, t] += share * (_ACTIVATIONS["silu"](hidden[b, t] @ gate) * (hidden[b, t] @ up)) @ down
     return out
 
 
