@@ -29,7 +29,7 @@ import numpy as np
 
 from experiments import parity
 from jaxfw.core import runtime
-from jaxfw.generate import engine
+from jaxfw.generate import engine, programs
 from jaxfw.models import decoder
 from jaxfw.models.cache import FullCache
 from jaxfw.weights import load
@@ -212,7 +212,7 @@ FAULTS = (
     parity.Fault("positions of new tokens one too high", "default", patch=(decoder, "rotation", _one_late)),
     parity.Fault("dynamic by the longest row's length", "dynamic", patch=(decoder, "rotation", _longest_row)),
     parity.Fault("padding of prompts counts as seen", "linear", patch=(FullCache, "prefill", _padding_seen)),
-    parity.Fault("first token from the longest prompt's end", "llama3", patch=(engine, "_last_logits", _prompt_end)),
+    parity.Fault("first token from the longest prompt's end", "llama3", patch=(programs, "_last_logits", _prompt_end)),
     parity.Fault("new tokens are not kept", "llama3, biased", patch=(FullCache, "extend", _new_not_kept)),
 )  # fmt: skip
 

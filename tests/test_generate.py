@@ -168,10 +168,9 @@ def test_a_row_that_is_done_writes_nothing():
     _, cache = prefill(CONFIG, params(), tokens, lengths, policy=FullCache(), room=ROOM)
     before = jax.tree.map(np.array, cache)
     is_done = np.array([True, False, True, False])
-    keys = jax.random.split(jax.random.key(0), len(lengths))
-    state = Decoding(
-        cache, jnp.array([1, 2, 3, 4], jnp.int32), jnp.asarray(is_done), jnp.bool(True), keys, jnp.int32(1)
-    )
+    keys, others = (jax.random.split(jax.random.key(seed), len(lengths)) for seed in (0, 1))
+    token = jnp.array([1, 2, 3, 4], jnp.int32)
+    state = Decoding(cache, token, jnp.asarray(is_done), jnp.bool(True), keys, others, jnp.int32(1))
     stop, limit = jnp.array([-1], jnp.int32), jnp.int32(4)
     after, drawn = decode(CONFIG, FullCache(), params(), state, Sampling(), stop, limit)
     assert int(after.step) == 5
@@ -319,8 +318,8 @@ def test_the_decode_loop_compiles_for_a_gpu():
     tokens, lengths = padded(32)
     _, cache = prefill(CONFIG, params(), tokens, lengths, policy=FullCache(), room=ROOM)
     B = len(lengths)
-    keys = jax.random.split(jax.random.key(0), B)
-    state = Decoding(cache, jnp.zeros(B, jnp.int32), jnp.zeros(B, bool), jnp.bool(True), keys, jnp.int32(1))
+    keys, token = jax.random.split(jax.random.key(0), B), jnp.zeros(B, jnp.int32)
+    state = Decoding(cache, token, jnp.zeros(B, bool), jnp.bool(True), keys, keys, jnp.int32(1))
     arguments = (CONFIG, FullCache(), params(), state, Sampling(1.0, 5, 0.9, 0.1), jnp.array([-1]), jnp.int32(4))
     compiled = aot.compile(decode, *arguments, mesh=aot.cluster("h200:1x1x1"))
     calls = [found for found in hlo.instructions(compiled.text) if found.target == "__gpu$xla.gpu.triton"]

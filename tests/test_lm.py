@@ -14,7 +14,7 @@ import pytest
 import jaxfw
 from jaxfw.core.errors import InputError, RunError
 from jaxfw.data import train_bpe
-from jaxfw.generate import engine, lm
+from jaxfw.generate import engine, lm, scoring
 from jaxfw.models import DecoderConfig, forward, init
 from jaxfw.models.cache import FullCache
 from jaxfw.weights import save
@@ -212,9 +212,9 @@ def test_logprobs_in_blocks_equal_those_in_one(m, monkeypatch):
     """Blocks that do not divide the length, too."""
     tokens = jax.random.randint(jax.random.key(3), (3, 50), 0, CONFIG.vocab)
     lengths = jnp.array([50, 20, 1])
-    whole = lm.logprobs(CONFIG, m.params, tokens, lengths=lengths)
-    monkeypatch.setattr(lm, "LOGIT_TOKENS", 21)
-    blocks = jax.jit(lm.logprobs.__wrapped__, static_argnums=0)(CONFIG, m.params, tokens, lengths=lengths)
+    whole = scoring.logprobs(CONFIG, m.params, tokens, lengths=lengths)
+    monkeypatch.setattr(scoring, "LOGIT_TOKENS", 21)
+    blocks = jax.jit(scoring.logprobs.__wrapped__, static_argnums=0)(CONFIG, m.params, tokens, lengths=lengths)
     assert whole.shape == blocks.shape == (3, 49)
     np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-5)
 
@@ -226,8 +226,8 @@ def test_long_texts_are_scored_fewer_at_a_time(m, monkeypatch):
         calls.append(tokens.shape)
         return jnp.zeros((tokens.shape[0], tokens.shape[1] - 1))
 
-    monkeypatch.setattr(lm, "logprobs", score)
-    monkeypatch.setattr(lm, "SCORED_TOKENS", 256)
+    monkeypatch.setattr(scoring, "logprobs", score)
+    monkeypatch.setattr(scoring, "SCORED_TOKENS", 256)
     texts = ["a", *["\x01" * 100] * 3, *["b"] * 9]
     assert [len(x) for x in m.logprobs(texts)] == [1, 100, 100, 100, *[1] * 9]
     assert calls == [(2, 128), (2, 128), (8, 32), (1, 32)]
@@ -235,10 +235,10 @@ def test_long_texts_are_scored_fewer_at_a_time(m, monkeypatch):
 
 def test_logprobs_compile_once_for_texts_of_like_size(m):
     m.logprobs(["a", "bc", "d"])
-    before = lm.logprobs._cache_size()
+    before = scoring.logprobs._cache_size()
     for texts in (["de", "f" * 9, "g"], ["one", "two", "three", "four"], [PROMPTS[1], "x", "y"]):
         m.logprobs(texts)
-    assert lm.logprobs._cache_size() == before
+    assert scoring.logprobs._cache_size() == before
 
 
 @pytest.mark.parametrize(

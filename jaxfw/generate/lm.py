@@ -4,45 +4,48 @@
 and the methods only turn text into token ids and back. Axis letters: B rows, T tokens.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxfw import weights
 from jaxfw.core.errors import InputError
-from jaxfw.core.log import say_once
-from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxfw.core.shapes import Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.data.chat import Message
-from jaxfw.data.tokenizer import TOKENIZER, TextStream, Tokenizer, load_tokenizer
+from jaxfw.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from jaxfw.generate import engine
-from jaxfw.models import DecoderConfig, Edit, embed, first_step, head, trunk
-from jaxfw.models.cache import CachePolicy
-from jaxfw.models.routing import Experts, Router
-from jaxfw.ops.losses import token_log_probs
-from jaxfw.ops.sampling import Sampling
+from jaxfw.generate.options import Answer, ModelValues, OnText, Options, check_texts, take_sampling
+from jaxfw.generate.prefix import Prefix, read_prefix
+from jaxfw.generate.prompts import check_whole
+from jaxfw.generate.scoring import score_rows
+from jaxfw.generate.stopping import RowText, check_stop
+from jaxfw.generate.suggestions import (
+    GENERATION,
+    say_unfollowed,
+    stop_ids_of,
+    stop_strings_of,
+    suggested_sampling,
+)
+from jaxfw.models import DecoderConfig
 from jaxfw.weights.tensors import read_json
 
-GENERATION = "generation_config.json"
-# A call scores at most this many rows and padded tokens. The logits of fewer tokens are alive at once: with a large
-# vocabulary they are the largest arrays by far.
-SCORED_ROWS, SCORED_TOKENS, LOGIT_TOKENS = 8, 4096, 1024
-
 Texts = TypeVar("Texts", str, list[str])
-OnText = Callable[[int, str], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LM:
-    """Configuration, parameters and tokenizer of a model, and the token ids that end its texts.
+    """Configuration, parameters and tokenizer of a model, and what ends its texts: token ids, and strings.
 
     `attributes` and `generation` are config.json and generation_config.json as they were read, and are saved again.
+    With a `mesh`, on which the parameters lie, the methods run there. Where it is of several processes, each calls the
+    same methods with the same arguments and gets the same results.
     """
 
     config: DecoderConfig
@@ -51,6 +54,8 @@ class LM:
     stop_ids: tuple[int, ...]
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    stop_strings: tuple[str, ...] = ()
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         if self.tokenizer.vocab_size > self.config.vocab:
@@ -60,25 +65,39 @@ class LM:
                 "(and to its head) for the tokens that were added."
             )
 
+    @property
+    def suggested(self) -> dict[str, Any]:
+        """How the model's generation_config.json says to draw, to pass on: `m.generate(prompt, **m.suggested)`.
+
+        Of temperature, top_k, top_p, min_p and repetition_penalty those that change something; {} if it names none.
+        """
+        return suggested_sampling(self.generation)
+
+    @overload
+    def generate(self, prompts: Texts, **options: Unpack[Options]) -> Texts: ...
+    @overload
+    def generate(
+        self, prompts: str | list[str], *, n: int | None = None, details: bool = False, **options: Unpack[Options]
+    ) -> Any: ...
     def generate(
         self,
-        prompts: Texts,
+        prompts: str | list[str],
         *,
         max_new_tokens: int = 128,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        repetition_penalty: float | None = None,
         key: PRNGKeyArray | None = None,
-        room: int | None = None,
-        policy: CachePolicy | None = None,
-        router: Router | None = None,
-        router_states: PyTree | None = None,
-        experts: Experts | None = None,
-        taps: Sequence[Edit] = (),
+        n: int | None = None,
+        stop: str | Sequence[str] = (),
+        prefix: Prefix | None = None,
+        details: bool = False,
         on_text: OnText | None = None,
-    ) -> Texts:
-        """Continue a text, or each of a list, up to a stop token (which is not part of the result).
+        **values: Unpack[ModelValues],
+    ) -> Any:
+        """Continue a text, or each of a list, up to a stop token or stop string (which is not part of the result).
 
         Args:
             prompts: a text or a list of texts, of any lengths.
@@ -87,22 +106,24 @@ class LM:
             top_k: draw from the k likeliest only.
             top_p: draw from the fewest tokens that hold this much probability.
             min_p: draw from tokens with at least this fraction of the likeliest one's probability.
+            repetition_penalty: above 1 makes tokens of prompt and output less likely, greedy decoding included.
             key: the random key; None is `jax.random.key(0)`. Row b depends on the key and b, not on the other rows.
-            room: slots of the cache. Calls with one batch size and one `room` share a compiled decode loop, whatever
-                their prompts; None takes what the longest prompt's bucket and `max_new_tokens` need.
-            policy: what the cache keeps (`jaxfw.models.cache`); None keeps everything.
-            router: who decides which experts a token goes to; None is the config's.
-            router_states: what a router with a bias remembers of training.
-            experts: who runs a mixture's experts (`jaxfw.models.routing`); None is `Sorted()`.
-            taps: edits of what passes inside of the model (`jaxfw.models.taps`).
+            n: samples of each prompt, which is read once: the result holds a list of n for each, and `on_text` calls
+                sample j of prompt b row b * n + j. The first is what is drawn without `n`.
+            stop: a text, or several, before which the result ends; those of the model (`stop_strings`) hold as well.
+            prefix: what all prompts go on from, as `prefix` gives it.
+            details: return `Answer`s, with tokens, their log-probabilities and why they ended.
             on_text: called as `on_text(row, piece)` while the text grows. A row's pieces join to its result.
+            values: policy, room, router, router_states, experts, taps: see `ModelValues`.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        ids = [self.tokenizer.encode(text) for text in _texts(texts, "prompts")]
-        streams = [TextStream(self.tokenizer, before=row) for row in ids]
-        sampling = _sampling(temperature, top_k, top_p, min_p)
-        values = {"policy": policy, "router": router, "experts": experts, "router_states": router_states, "taps": taps}
-        out: Any = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text, **values)
+        texts = check_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
+        ids = [self._encode(text, prefix) for text in texts]
+        before = [row or (prefix.tokens if prefix else ()) for row in ids]
+        out = self._continue(
+            ids, before, n=n, details=details, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, key=key, stop=stop, prefix=prefix,
+            on_text=on_text, **values,
+        )  # fmt: skip
         return out[0] if isinstance(prompts, str) else out
 
     def chat(
@@ -110,95 +131,137 @@ class LM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        max_new_tokens: int = 128,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        key: PRNGKeyArray | None = None,
-        room: int | None = None,
-        policy: CachePolicy | None = None,
-        router: Router | None = None,
-        router_states: PyTree | None = None,
-        experts: Experts | None = None,
-        taps: Sequence[Edit] = (),
-        on_text: OnText | None = None,
+        n: int | None = None,
+        details: bool = False,
+        **options: Unpack[Options],
     ) -> Any:
         """The assistant's next words in a conversation: a str; for a list of conversations, a list of them.
 
         `messages` is `[{"role": "user", "content": "..."}, ...]`, rendered by the model's chat template; `tools` are
-        JSON schemas of functions that the model may call, for templates that read them. The rest is as in `generate`.
+        JSON schemas of functions that the model may call, for templates that read them. A `prefix` is the rendered
+        beginning of every conversation, which is given whole all the same. The rest is as in `generate`.
         """
         is_many = isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if is_many else [messages]
         texts = [self.tokenizer.render_chat(conversation, tools=tools) for conversation in conversations]
-        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        streams = [TextStream(self.tokenizer) for _ in ids]
-        sampling = _sampling(temperature, top_k, top_p, min_p)
-        values = {"policy": policy, "router": router, "experts": experts, "router_states": router_states, "taps": taps}
-        out = self._continue(ids, streams, max_new_tokens, sampling, key, room, on_text, **values)
+        prefix = options.get("prefix")
+        ids = [self._rest(self.tokenizer.encode(text, add_special_tokens=False), prefix) for text in texts]
+        out = self._continue(ids, [()] * len(ids), n=n, details=details, **options)
         return out if is_many else out[0]
 
-    def _continue(self, prompts, streams, max_new_tokens, sampling, key, room, on_text, **values) -> list[str]:
-        texts = ["" for _ in prompts]
+    def prefix(
+        self,
+        beginning: str | Sequence[Message],
+        *,
+        key: PRNGKeyArray | None = None,
+        **values: Unpack[ModelValues],
+    ) -> Prefix:
+        """Read once what many prompts begin with: `m.generate(questions, prefix=m.prefix(document))`.
 
-        def emit(row: int, piece: str) -> None:
-            texts[row] += piece
+        A prompt is encoded together with the prefix's text, so that results are those of the joined texts; where a
+        token would reach across the border, the prompt is encoded by itself (let prompts begin with a space or a line).
+
+        Args:
+            beginning: a text; or messages, for `chat`.
+            key: for policies that draw what they keep.
+            values: as in `generate`. `room` is for prefix, prompt and new tokens together: None leaves 512 or more
+                behind the prefix. Routers and taps are to be given again to what goes on from it.
+        """
+        if isinstance(beginning, str):
+            text, ids = beginning, self.tokenizer.encode(beginning)
+        else:
+            text = self.tokenizer.render_chat(beginning, add_generation_prompt=False)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if not ids:
+            raise InputError("the prefix is empty: give at least one character.")
+        with self._on_mesh():
+            return read_prefix(self.config, self.params, ids, key=key, text=text, **values)
+
+    def _encode(self, text: str, prefix: Prefix | None) -> list[int]:
+        if prefix is None:
+            return self.tokenizer.encode(text)
+        size, joined = len(prefix.tokens), self.tokenizer.encode(prefix.text + text)
+        fits = tuple(joined[:size]) == prefix.tokens
+        return joined[size:] if fits else self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _rest(self, ids: list[int], prefix: Prefix | None) -> list[int]:
+        if prefix is None:
+            return ids
+        if tuple(ids[: len(prefix.tokens)]) != prefix.tokens:
+            raise InputError(
+                "the conversation does not begin with the prefix: give it whole, from the first message on."
+            )
+        return ids[len(prefix.tokens) :]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _continue(
+        self,
+        prompts: list[list[int]],
+        before: Sequence[Sequence[int]],
+        *,
+        n: int | None,
+        details: bool,
+        stop: str | Sequence[str] = (),
+        max_new_tokens: int = 128,
+        on_text: OnText | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """A str or `Answer` for each prompt, or a list of `n`; `before` are the ids that precede each row's text."""
+        strings = tuple(dict.fromkeys((*self.stop_strings, *check_stop(stop))))
+        sampling = take_sampling(options)
+        each = 1 if n is None else check_whole("n", n)
+        rows = [RowText(self.tokenizer, row, self.stop_ids, strings) for row in before for _ in range(each)]
+
+        def tell(row: int, piece: str) -> None:
             if piece and on_text:
                 on_text(row, piece)
 
-        def take(chunk: Int[np.ndarray, "B n"]) -> None:
-            for row, ids in enumerate(chunk.tolist()):
-                emit(row, streams[row].push(id_ for id_ in ids if id_ >= 0 and id_ not in self.stop_ids))
-                if not set(ids).isdisjoint(self.stop_ids):
-                    emit(row, streams[row].finish())
+        def take(chunk: Int[np.ndarray, "B n"]) -> Bool[np.ndarray, "B"]:
+            for i, ids in enumerate(chunk.tolist()):
+                tell(i, rows[i].push(ids))
+            return np.array([row.is_done for row in rows])
 
-        engine.generate(
-            self.config, self.params, prompts, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids,
-            sampling=sampling, key=key, room=room, on_tokens=take, **values,
-        )  # fmt: skip
-        for row, stream in enumerate(streams):
-            emit(row, stream.finish())
-        return texts
+        with self._on_mesh():
+            out = engine.generate(
+                self.config, self.params, prompts, max_new_tokens=max_new_tokens, stop_ids=self.stop_ids,
+                sampling=sampling, n=each, logprobs=details, on_tokens=take, **options,
+            )  # fmt: skip
+        for i, row in enumerate(rows):
+            tell(i, row.finish())
+        results = [_answer(row, out, i) for i, row in enumerate(rows)] if details else [row.text for row in rows]
+        return results if n is None else [results[i : i + n] for i in range(0, len(results), n)]
 
     @overload
-    def logprobs(self, texts: str) -> Float[np.ndarray, "n"]: ...
+    def logprobs(self, texts: str, *, prefix: Prefix | None = None) -> Float[np.ndarray, "n"]: ...
     @overload
-    def logprobs(self, texts: list[str]) -> list[Float[np.ndarray, "n"]]: ...
-    def logprobs(self, texts: str | list[str]) -> Any:
+    def logprobs(self, texts: list[str], *, prefix: Prefix | None = None) -> list[Float[np.ndarray, "n"]]: ...
+    def logprobs(self, texts: str | list[str], *, prefix: Prefix | None = None) -> Any:
         """Log-probability of each token given those before it, natural logarithm, float32; one array a text.
 
         The first token has nothing before it and no entry: entry t belongs to token t + 1 of `tokenizer.encode(text)`.
         With a tokenizer that begins texts with a special token, that one is the first, and every token of the text
-        has its entry. Rows are padded to a few sizes, so that texts of all lengths share a few compiled programs.
+        has its entry. Behind a `prefix` every token has one, as the answers of a multiple choice have. Rows are padded
+        to a few sizes, so that texts of all lengths share a few compiled programs.
         """
-        given = _texts([texts] if isinstance(texts, str) else texts, "texts")
-        rows = [self.tokenizer.encode(text) for text in given]
+        given = check_texts([texts] if isinstance(texts, str) else texts, "texts")
+        rows = [self._encode(text, prefix) for text in given]
+        before = len(prefix.tokens) if prefix else 0
         for i, row in enumerate(rows):
             if not given[i] or not row:
                 raise InputError(f"texts[{i}] is empty: give at least one character.")
-            if len(row) > self.config.context:
+            if before + len(row) > self.config.context:
                 raise InputError(
-                    f"texts[{i}] has {len(row)} tokens, more than the model's {self.config.context} positions: "
-                    "score it in pieces."
+                    f"texts[{i}] has {before + len(row)} tokens, more than the model's {self.config.context} "
+                    "positions: score it in pieces."
                 )
-        out: list[Any] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # rows of like lengths share a call
-        while order:
-            count = max(1, min(SCORED_ROWS, SCORED_TOKENS // engine.bucket(len(rows[order[0]]))))
-            chosen, order = order[:count], order[count:]
-            for i, scores in zip(chosen, self._score([rows[i] for i in chosen]), strict=True):
-                out[i] = scores
+        if prefix:
+            prefix.check(self.config, self.params)
+            prefix.check_room(max(map(len, rows)), 0)
+        with self._on_mesh():
+            out = score_rows(self.config, self.params, rows, prefix=prefix)
         return out[0] if isinstance(texts, str) else out
-
-    def _score(self, rows: list[list[int]]) -> list[Float[np.ndarray, "n"]]:
-        B = 1 << (len(rows) - 1).bit_length()
-        tokens = np.zeros((B, engine.bucket(max(map(len, rows)))), np.int32)
-        lengths = np.ones(B, np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)], lengths[i] = row, len(row)
-        scores = np.asarray(logprobs(self.config, self.params, jnp.asarray(tokens), lengths=jnp.asarray(lengths)))
-        return [scores[i, : len(row) - 1].copy() for i, row in enumerate(rows)]
 
     def save(self, directory: str | Path) -> Path:
         """Write a Hugging Face directory that `load` and transformers read; it appears complete or not at all.
@@ -213,21 +276,29 @@ class LM:
         }
         generation = {**ids, **self.generation, "eos_token_id": ids["eos_token_id"]}
         generation = {name: value for name, value in generation.items() if value is not None}
+        if self.stop_strings:
+            generation["stop_strings"] = list(self.stop_strings)
         extra = {**self.tokenizer.files, GENERATION: (json.dumps(generation, indent=2) + "\n").encode()}
-        attributes = {**ids, **self.attributes}
-        return weights.save(directory, self.config, self.params, attributes=attributes, extra=extra)
+        return weights.save(
+            directory, self.config, self.params, attributes={**ids, **self.attributes}, extra=extra,
+            model_type=self.attributes.get("model_type"),
+        )  # fmt: skip
 
 
 def load(
     directory: str | Path,
     *,
+    mesh: Mesh | None = None,
     param_dtype: str | None = None,
     dtype: str | None = None,
     softmax_dtype: str = "float32",
+    quantise: str | None = None,
 ) -> LM:
     """A Hugging Face model directory as an `LM`; the keywords are those of `jaxfw.weights.load`.
 
-    Texts end with `eos_token_id` of generation_config.json, else of config.json, else the tokenizer's.
+    Texts end with `eos_token_id` of generation_config.json, else of config.json, else the tokenizer's; and before its
+    `stop_strings`, which hold in every call as the ids do. How that file says to draw is left to the caller
+    (`LM.suggested`), and what else it asks for and is not done here (beams, n-gram bans) is told once.
 
     Raises:
         InputError: whatever is missing, damaged or not understood, by file and name.
@@ -241,64 +312,23 @@ def load(
             "repository. Without one the pure functions still work on token ids: jaxfw.weights.load(DIR) gives config "
             "and parameters for jaxfw.forward and jaxfw.generate_tokens."
         )
-    checkpoint = weights.load(directory, param_dtype=param_dtype, dtype=dtype, softmax_dtype=softmax_dtype)
+    checkpoint = weights.load(
+        directory, mesh=mesh, param_dtype=param_dtype, dtype=dtype, softmax_dtype=softmax_dtype, quantise=quantise
+    )
     tokenizer = load_tokenizer(directory)
     path = directory / GENERATION
     generation = read_json(path) if path.is_file() else {}
-    _say_defaults(directory, generation)
-    stop_ids = _stop_ids({GENERATION: generation, "config.json": checkpoint.attributes}, tokenizer)
-    return LM(checkpoint.config, checkpoint.params, tokenizer, stop_ids, checkpoint.attributes, generation)
+    say_unfollowed(directory, generation)
+    stop_ids = stop_ids_of({GENERATION: generation, "config.json": checkpoint.attributes}, tokenizer)
+    return LM(
+        checkpoint.config, checkpoint.params, tokenizer, stop_ids, checkpoint.attributes, generation,
+        stop_strings_of(generation), mesh,
+    )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames="config")
-def logprobs(
-    config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T"], *, lengths: Int[Array, "B"]
-) -> Float[Array, "B T-1"]:
-    """Log-probability of each token from the second on, given those before it, float32.
-
-    Entries from a row's length on mean nothing. The logits of a block of tokens at a time are alive, never all.
-    """
-    B, T = tokens.shape
-    x = trunk(config, params, embed(config, params, tokens), first_step(lengths, T)).x
-    block = min(T, max(1, LOGIT_TOKENS // B))
-    blocks = -(-T // block)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, blocks * block - T + 1))).reshape(B, blocks, block)
-    x = jnp.pad(x, ((0, 0), (0, blocks * block - T), (0, 0))).reshape(B, blocks, block, -1)
-
-    def score(part):
-        return token_log_probs(head(config, params, part[0]), part[1])
-
-    scores = jax.lax.map(score, (jnp.swapaxes(x, 0, 1), jnp.swapaxes(targets, 0, 1)))
-    return jnp.swapaxes(scores, 0, 1).reshape(B, -1)[:, : T - 1]
-
-
-def _say_defaults(directory: Path, generation: Mapping[str, Any]) -> None:
-    """What the file suggests is the user's to take: the same call gives the same text with every model."""
-    names = ("temperature", "top_k", "top_p", "min_p")
-    suggested = ", ".join(f"{name}={generation[name]}" for name in names if generation.get(name) is not None)
-    if generation.get("do_sample") and suggested:
-        say_once(f"{directory / GENERATION} suggests {suggested}; generate() is greedy unless you pass them.")
-
-
-def _sampling(temperature: float | None, *filters: Any) -> Sampling:
-    return Sampling(None if temperature == 0 else temperature, *filters)
-
-
-def _texts(texts: Any, name: str) -> list[str]:
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{name}={texts!r:.80} must be a str or a list of str.")
-    if not texts:
-        raise InputError(f"{name} is an empty list: give at least one text.")
-    return list(texts)
-
-
-def _stop_ids(sources: Mapping[str, Mapping[str, Any]], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """`eos_token_id` of the first file that has one, a number or a list; else the tokenizer's."""
-    for file, source in sources.items():
-        found = source.get("eos_token_id")
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(type(id_) is int for id_ in ids):
-            raise InputError(f"{file}: eos_token_id={found!r} must be a token id or a list of them.")
-        if ids:
-            return tuple(ids)
-    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+def _answer(row: RowText, out: engine.Generation, i: int) -> Answer:
+    assert out.logprobs is not None
+    return Answer(
+        row.text, tuple(row.tokens), out.logprobs[i][: len(row.tokens)], "stop" if row.is_done else "length",
+        out.prefill_seconds, out.decode_seconds,
+    )  # fmt: skip

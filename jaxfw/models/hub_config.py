@@ -3,7 +3,7 @@
 Two layouts are in use. v4, which most of the Hub holds: `rope_theta` and `rope_scaling` side by side, `torch_dtype`.
 v5, which transformers 5 writes: one `rope_parameters`, `dtype`. Both are read; what is written holds the keys of both.
 
-`read_shared` and `write_shared` are what LLaMA and the families after it have alike; a family adds what differs.
+`read_decoder` and `write_decoder` are what LLaMA and the families after it have alike; a family adds what differs.
 """
 
 from collections.abc import Collection, Mapping
@@ -61,8 +61,8 @@ REMEDIES = {
 # Buffers that old checkpoints hold beside the parameters; they are computed from config.json here.
 ROTARY_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
-# What `read_shared` reads.
-SHARED = frozenset(
+# What `read_decoder` reads.
+DECODER_ATTRIBUTES = frozenset(
     "head_dim hidden_size initializer_range intermediate_size max_position_embeddings num_attention_heads "
     "num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings "
     "vocab_size".split()
@@ -70,21 +70,6 @@ SHARED = frozenset(
 # What `read_windows` reads.
 WINDOWS = frozenset("layer_types max_window_layers sliding_window use_sliding_window".split())
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-# What `write_shared` says without a word; a configuration that differs needs a family that can say so.
-_UNSAID = {
-    "norm": "rms",
-    "activation": "silu",
-    "gated": True,
-    "learned_positions": False,
-    "qk_norm": None,
-    "qkv_bias": False,
-    "out_bias": False,
-    "mlp_bias": False,
-    "window": None,
-    "full_attention": (),
-    "moe": None,
-}
 
 # Attribute of rope_scaling -> (field of `Rope`, its type).
 _ROPE_KEYS = {
@@ -177,67 +162,35 @@ def _is_a(value: Any, kind: type) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e300 and (kind is float or value == int(value))
 
 
-def read_shared(
-    attributes: Mapping[str, Any],
-    *,
-    positions: int,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    norm_eps: float = 1e-6,
-) -> dict[str, Any]:
-    """Fields of a `DecoderConfig` from the attributes `SHARED`.
+def read_decoder(attributes: Mapping[str, Any], **fields: Any) -> DecoderConfig:
+    """The configuration that `DECODER_ATTRIBUTES` describe; `fields` are the family's own, and its dtypes.
 
-    The keywords are the family's defaults for attributes that are absent. None is as many key heads as query heads, and
-    the width divided by the heads.
+    What may be absent has LLaMA's default; a family with others gives `DEFAULTS | attributes`.
     """
     width, heads = attribute(attributes, "hidden_size", int), attribute(attributes, "num_attention_heads", int)
-    if kv_heads is None or "num_key_value_heads" in attributes:  # there, but null: not the family's default
-        kv_heads = heads
-    positions = attribute(attributes, "max_position_embeddings", int, positions)
-    return {
-        "vocab": attribute(attributes, "vocab_size", int),
-        "width": width,
-        "ffn": attribute(attributes, "intermediate_size", int),
-        "layers": attribute(attributes, "num_hidden_layers", int),
-        "heads": heads,
-        "kv_heads": attribute(attributes, "num_key_value_heads", int, kv_heads),
-        "head_dim": attribute(attributes, "head_dim", int, head_dim or width // max(heads, 1)),
-        "positions": positions,
-        "rope": read_rope(attributes, positions),
-        "norm_eps": attribute(attributes, "rms_norm_eps", float, norm_eps),
-        "tie_embeddings": attribute(attributes, "tie_word_embeddings", bool, False),
-        "init_std": attribute(attributes, "initializer_range", float, 0.02),
-    }
+    positions = attribute(attributes, "max_position_embeddings", int, 2048)
+    return DecoderConfig(
+        vocab=attribute(attributes, "vocab_size", int),
+        width=width,
+        ffn=attribute(attributes, "intermediate_size", int),
+        layers=attribute(attributes, "num_hidden_layers", int),
+        heads=heads,
+        kv_heads=attribute(attributes, "num_key_value_heads", int, heads),
+        head_dim=attribute(attributes, "head_dim", int, width // max(heads, 1)),
+        positions=positions,
+        rope=read_rope(attributes, positions),
+        norm_eps=attribute(attributes, "rms_norm_eps", float, 1e-6),
+        tie_embeddings=attribute(attributes, "tie_word_embeddings", bool, False),
+        init_std=attribute(attributes, "initializer_range", float, 0.02),
+        **fields,
+    )
 
 
-def check_fields(config: DecoderConfig, model_type: str, wanted: Mapping[str, Any]) -> None:
-    """Raise one `InputError` that names every field which a config.json of that family cannot express."""
-    refused = [
-        f"model.{name}={getattr(config, name)!r} (only {value!r})"
-        for name, value in wanted.items()
-        if getattr(config, name) != value
-    ]
-    if refused:
-        raise InputError(
-            f"a config.json of model_type {model_type!r} cannot express {'; '.join(refused)}. "
-            "Save under the model_type of a family that can."
-        )
-
-
-def write_shared(
-    config: DecoderConfig, model_type: str, architecture: str, *, says: Collection[str] = (), **fixed: Any
-) -> dict[str, Any]:
-    """The attributes `SHARED`, in the v4 and the v5 layout at once, and those that go without saying.
-
-    Fields that the family expresses by attributes of its own are named in `says`; `fixed` are values that all its
-    models have. Any other value of a field is refused: see `check_fields`.
-    """
-    check_fields(config, model_type, {k: v for k, v in (_UNSAID | fixed).items() if k not in says})
+def write_decoder(config: DecoderConfig) -> dict[str, Any]:
+    """`DECODER_ATTRIBUTES` and those that go without saying, in the v4 and the v5 layout at once."""
     if config.rope is None:
-        raise InputError(f"a config.json of model_type {model_type!r} cannot express model.rope=None: give a Rope.")
+        raise InputError("model.rope=None cannot be written: this family rotates. Give a Rope.")
     return {
-        "architectures": [architecture],
-        "model_type": model_type,
         "vocab_size": config.vocab,
         "hidden_size": config.width,
         "intermediate_size": config.ffn,
@@ -257,39 +210,35 @@ def write_shared(
     }
 
 
-def read_windows(attributes: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def read_windows(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen's sliding windows, the fields `window` and `full_attention`, from the attributes `WINDOWS`.
 
     The layers from `max_window_layers` on have a window, unless `layer_types` (v5) says which.
     """
+    layers = attribute(attributes, "num_hidden_layers", int)
     window = None
-    if attribute(attributes, "use_sliding_window", bool, False):
-        window = read_window(attributes)
+    if attribute(attributes, "use_sliding_window", bool, False) and attributes.get("sliding_window", 0) is not None:
+        window = attribute(attributes, "sliding_window", int, 4096)
     first = attribute(attributes, "max_window_layers", int, 28)
     kinds = attributes.get("layer_types")
     if kinds is None:
         kinds = [LAYER_TYPES[window is not None and i >= first] for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(LAYER_TYPES):
+    _check_layer_types(kinds, layers)
+    full = tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[0])
+    if window is None and len(full) < layers:
+        raise InputError(
+            "config.json: layer_types has sliding_attention, but there is no window: set use_sliding_window to true "
+            "and sliding_window to a number of positions."
+        )
+    return {"window": None, "full_attention": ()} if len(full) == layers else {"window": window, "full_attention": full}
+
+
+def _check_layer_types(kinds: Any, layers: int) -> None:
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in LAYER_TYPES for kind in kinds):
         raise InputError(
             f"config.json: layer_types={kinds!r:.80} must name one of {', '.join(LAYER_TYPES)} for each of the "
             f"num_hidden_layers={layers} layers."
         )
-    full = tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[0])
-    if window is None and len(full) < layers:
-        raise InputError(
-            "config.json: layer_types has sliding_attention, but there is no window: set use_sliding_window to true and "
-            "sliding_window to a number of positions."
-        )
-    if len(full) == layers:
-        return {"window": None, "full_attention": ()}
-    return {"window": window, "full_attention": full}
-
-
-def read_window(attributes: Mapping[str, Any]) -> int | None:
-    """`sliding_window`: null is no window, absent is transformers' default of 4096."""
-    if attributes.get("sliding_window", 4096) is None:
-        return None
-    return attribute(attributes, "sliding_window", int, 4096)
 
 
 def write_windows(config: DecoderConfig) -> dict[str, Any]:

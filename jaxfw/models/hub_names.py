@@ -34,17 +34,18 @@ class ExpertNames:
     shared_gate: str = "mlp.shared_expert_gate"
 
 
-def llama_tensors(config: DecoderConfig, experts: ExpertNames | None = None) -> dict[str, Stored]:
+def llama_tensors(
+    config: DecoderConfig, experts: ExpertNames | None = None, *, projections: Mapping[str, str] = PROJECTIONS
+) -> dict[str, Stored]:
     """Every parameter's path, joined by '/', by the names that LLaMA and the families after it use.
+
+    `projections` names those of a dense feed-forward.
 
     >>> tiny = DecoderConfig(vocab=8, width=4, ffn=8, layers=1, heads=2, kv_heads=1, head_dim=2, positions=8)
     >>> llama_tensors(tiny)["layers_0/attn/q/kernel"]
     Stored(names=('model.layers.0.self_attn.q_proj.weight',), transposed=True, part=None)
     """
-    tensors = {
-        "embed/embedding": Stored(("model.embed_tokens.weight",)),
-        "head/norm/scale": Stored(("model.norm.weight",)),
-    }
+    tensors = {"embed/embedding": Stored(("model.embed_tokens.weight",)), **_norm(config, "head/norm", "model.norm")}
     if not config.tie_embeddings:
         tensors["head/lm_head"] = Stored(("lm_head.weight",))
     for i in range(config.layers):
@@ -53,17 +54,22 @@ def llama_tensors(config: DecoderConfig, experts: ExpertNames | None = None) -> 
         if config.moe is not None and config.moe.is_in(i):
             here |= _mixture(config, experts or ExpertNames())
         else:
-            here |= _projections("mlp", "mlp", config.mlp_bias, PROJECTIONS)
+            here |= _projections("mlp", "mlp", config.mlp_bias, projections)
         for path, stored in here.items():
             names = tuple(f"{theirs}.{name}" for name in stored.names)
             tensors[f"{ours}/{path}"] = dataclasses.replace(stored, names=names)
     return tensors
 
 
+def _norm(config: DecoderConfig, ours: str, theirs: str) -> dict[str, Stored]:
+    tensors = {f"{ours}/scale": Stored((f"{theirs}.weight",))}
+    return tensors | ({f"{ours}/bias": Stored((f"{theirs}.bias",))} if config.norm == "layer" else {})
+
+
 def _attention(config: DecoderConfig) -> dict[str, Stored]:
     tensors = {
-        "attn_norm/scale": Stored(("input_layernorm.weight",)),
-        "mlp_norm/scale": Stored(("post_attention_layernorm.weight",)),
+        **_norm(config, "attn_norm", "input_layernorm"),
+        **_norm(config, "mlp_norm", "post_attention_layernorm"),
         **_projections("attn", "self_attn", config.qkv_bias, {x: f"{x}_proj" for x in "qkv"}),
         **_projections("attn", "self_attn", config.out_bias, {"o": "o_proj"}),
     }

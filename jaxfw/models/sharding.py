@@ -16,6 +16,8 @@ from jaxfw.nn.config import DecoderConfig
 
 # "layers_3/..." and, stacked, "layers/..."
 _LAYER = r"layers(_\d+)?/"
+# Of a quantised matrix, which has its axes in both.
+_PARTS = "(/values|/scale)?"
 _SMALL = "small"
 _INTO: tuple[Spec, ...] = (("fsdp", "tensor"), ("fsdp", None), (None, "tensor"), (None, None))
 _OUT_OF: tuple[Spec, ...] = (("tensor", "fsdp"), (None, "fsdp"), ("tensor", None), (None, None))
@@ -42,22 +44,23 @@ def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
     """
     H, K = config.heads, config.kv_heads
     return (
-        Rule(r"embed/(embedding|positions)|head/lm_head", _TABLE),
+        Rule(rf"embed/(embedding|positions)|head/lm_head{_PARTS}", _TABLE),
         Rule(rf"({_LAYER}(attn|mlp)_norm|head/norm)/(scale|bias)", ((None,),), why=_SMALL),
         Rule(rf"{_LAYER}attn/[qk]_norm/scale", ((None,),), why=_SMALL),
-        Rule(rf"{_LAYER}attn/q/kernel", _INTO, units=(None, H)),
-        Rule(rf"{_LAYER}attn/[kv]/kernel", _INTO, units=(None, K)),
-        Rule(rf"{_LAYER}attn/o/kernel", _OUT_OF, units=(H, None)),
+        Rule(rf"{_LAYER}attn/q/kernel{_PARTS}", _INTO, units=(None, H)),
+        Rule(rf"{_LAYER}attn/[kv]/kernel{_PARTS}", _INTO, units=(None, K)),
+        Rule(rf"{_LAYER}attn/o/kernel(/values)?", _OUT_OF, units=(H, None)),
+        Rule(rf"{_LAYER}attn/o/kernel/scale", _OUT_OF),
         Rule(rf"{_LAYER}attn/q/bias", _VECTOR, units=(H,)),
         Rule(rf"{_LAYER}attn/[kv]/bias", _VECTOR, units=(K,)),
-        Rule(rf"{_LAYER}(mlp|moe/shared)/(gate|up)/kernel", _INTO),
-        Rule(rf"{_LAYER}(mlp|moe/shared)/down/kernel", _OUT_OF),
+        Rule(rf"{_LAYER}(mlp|moe/shared)/(gate|up)/kernel{_PARTS}", _INTO),
+        Rule(rf"{_LAYER}(mlp|moe/shared)/down/kernel{_PARTS}", _OUT_OF),
         Rule(rf"{_LAYER}mlp/(gate|up)/bias", _VECTOR),
         Rule(rf"{_LAYER}(attn/o|mlp/down)/bias", ((None,),), why=_SMALL),
         Rule(rf"{_LAYER}moe/(router|shared_gate)/kernel", (("fsdp", None), (None, None)), why=_SMALL),
         Rule(rf"{_LAYER}moe/router/scale", ((),), why=_SMALL),
-        Rule(rf"{_LAYER}moe/experts/(gate|up)", _experts(into=True)),
-        Rule(rf"{_LAYER}moe/experts/down", _experts(into=False)),
+        Rule(rf"{_LAYER}moe/experts/(gate|up){_PARTS}", _experts(into=True)),
+        Rule(rf"{_LAYER}moe/experts/down{_PARTS}", _experts(into=False)),
     )
 
 

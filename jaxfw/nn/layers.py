@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int
 from jaxfw.nn.config import DecoderConfig
 from jaxfw.ops.activations import ACTIVATIONS
 from jaxfw.ops.norms import layer_norm, rms_norm
+from jaxfw.ops.quant import Quantised, dequantise, product
 
 # (q [B T H d], k [B T K d], v [B T K d], hidden [B T D], w_o [H*d D]) -> (heads [B T H d], anything)
 Mix = Callable[..., tuple[Array, Any]]
@@ -37,29 +39,46 @@ class Norm(nn.Module):
         return layer_norm(x, scale, self.param("bias", nn.initializers.zeros, shape, dtype), eps=eps)
 
 
-def _token_dot(x: Float[Array, "B T D"], kernel: Array, dimension_numbers, **options) -> Array:
-    """`lax.dot_general` of x's last axis, as one product of two matrices: [B*T D] with the kernel.
+def _token_dot(x: Float[Array, "B T D"], matrix: Array | Quantised, *, axis: int = 0) -> Float[Array, "B T F"]:
+    """x's last axis times the matrix's `axis`, as one product of two matrices: [B*T D] with the kernel.
 
     With B and T apart, XLA's CPU backend transposes and copies activations for every kernel's gradient (a feed-forward
     takes half as long again). Not on a mesh of several devices: there B and T may be sharded over different axes,
     and merging them would move every activation between devices.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **options)
-    (_, contracting), batch = dimension_numbers
-    out = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), contracting), batch), **options)
+    rows = x if jax.sharding.get_abstract_mesh().size > 1 else x.reshape(-1, x.shape[-1])
+    if isinstance(matrix, Quantised):
+        out = product(rows, matrix)
+    else:
+        out = jax.lax.dot_general(rows, matrix.astype(x.dtype), (((rows.ndim - 1,), (axis,)), ((), ())))
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _dense(config: DecoderConfig, features: int, use_bias: bool) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nn.initializers.normal(config.init_std),
-        dot_general=_token_dot,
-    )
+def _matrix(module: nn.Module, config: DecoderConfig, name: str, shape: tuple[int, int]) -> Array | Quantised:
+    """The parameter of that name; a quantised one, which has other arrays than those declared, as it is given."""
+    given = None if module.is_initializing() else module.get_variable("params", name)
+    if not isinstance(given, Quantised):
+        return module.param(name, nn.initializers.normal(config.init_std), shape, jnp.dtype(config.param_dtype))
+    if given.shape != shape:
+        raise InputError(f"the quantised {name} is {list(given.shape)}, the config asks for {list(shape)}.")
+    return given
+
+
+class Dense(nn.Module):
+    """Declares `kernel` [D features] and perhaps `bias`, and multiplies in the config's dtype."""
+
+    config: DecoderConfig
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        x = x.astype(self.config.dtype)
+        y = _token_dot(x, _matrix(self, self.config, "kernel", (x.shape[-1], self.features)))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(self.config.param_dtype))
+        return y + bias.astype(y.dtype)
 
 
 class Attention(nn.Module):
@@ -69,10 +88,10 @@ class Attention(nn.Module):
 
     def setup(self):
         c = self.config
-        self.q = _dense(c, c.heads * c.head_dim, c.qkv_bias)
-        self.k = _dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.v = _dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
-        self.o = _dense(c, c.width, c.out_bias)
+        self.q = Dense(c, c.heads * c.head_dim, c.qkv_bias)
+        self.k = Dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.v = Dense(c, c.kv_heads * c.head_dim, c.qkv_bias)
+        self.o = Dense(c, c.width, c.out_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = Norm(c, "rms"), Norm(c, "rms")
 
@@ -89,6 +108,7 @@ class Attention(nn.Module):
         q, k = self._queries_and_keys(hidden)
         v = self.v(hidden).reshape(B, T, c.kv_heads, c.head_dim)
         w_o = None if self.is_initializing() else self.o.variables["params"]["kernel"]
+        w_o = dequantise(w_o, c.dtype) if isinstance(w_o, Quantised) else w_o  # computed where a policy reads it
         heads, state = mix(q, k, v, hidden, w_o)
         return self.o(heads.reshape(B, T, c.heads * c.head_dim)), state
 
@@ -103,9 +123,9 @@ class FeedForward(nn.Module):
     def setup(self):
         c = self.config
         if c.gated:
-            self.gate = _dense(c, self.width, self.use_bias)
-        self.up = _dense(c, self.width, self.use_bias)
-        self.down = _dense(c, c.width, self.use_bias)
+            self.gate = Dense(c, self.width, self.use_bias)
+        self.up = Dense(c, self.width, self.use_bias)
+        self.down = Dense(c, c.width, self.use_bias)
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap = _pass) -> Float[Array, "B T D"]:
         act = ACTIVATIONS[self.config.activation]
@@ -131,7 +151,7 @@ class MoE(nn.Module):
         if moe.shared:
             self.shared = FeedForward(self.config, moe.shared, use_bias=False)
         if moe.shared_gate:
-            self.shared_gate = _dense(self.config, 1, False)
+            self.shared_gate = Dense(self.config, 1, False)
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -230,11 +250,9 @@ class Head(nn.Module):
         self, x: Float[Array, "B T D"], table: Float[Array, "V D"] | None, tap: Tap = _pass
     ) -> Float[Array, "B T V"]:
         x = tap("final", Norm(self.config, self.config.norm, name="norm")(x))
-        if table is None:
-            c = self.config
-            init = nn.initializers.normal(c.init_std)
-            table = self.param("lm_head", init, (c.vocab, c.width), jnp.dtype(c.param_dtype))
-        return _token_dot(x, table.astype(x.dtype), (((2,), (1,)), ((), ())))
+        c = self.config
+        matrix = _matrix(self, c, "lm_head", (c.vocab, c.width)) if table is None else table
+        return _token_dot(x, matrix, axis=1)
 
 
 class Decoder(nn.Module):

@@ -1,10 +1,11 @@
-"""Choosing the next token from logits: temperature, top-k, top-p, min-p, a key per row.
+"""Choosing the next token from logits: repetition penalty, temperature, top-k, top-p, min-p, a key per row.
 
-The filters run in the order of transformers (temperature, top-k, top-p, min-p), each on what the one before left.
+They run in the order of transformers (penalty, temperature, top-k, top-p, min-p), each on what the one before left.
 A filter keeps every token whose logit ties with the last one that it keeps.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,21 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfw.core.errors import InputError
-from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray
+from jaxfw.core.shapes import Array, Bool, Float, Int, PRNGKeyArray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to choose a token. `temperature` None is greedy; a filter that is None is off and costs nothing.
+    """How to choose a token. `temperature` None is greedy; what is None is off and costs nothing.
 
-    A pytree: other values do not recompile, another set of filters does.
+    `repetition_penalty` holds for greedy decoding too. A pytree: other values do not recompile, another set of filters
+    does.
     """
 
     temperature: Any = None
     top_k: Any = None
     top_p: Any = None
     min_p: Any = None
+    repetition_penalty: Any = None
 
     def validate(self) -> None:
         """Raise an `InputError` for a value outside its range (host values only)."""
@@ -35,12 +38,23 @@ class Sampling:
             "top_k": (self.top_k, lambda x: x >= 1 and x == int(x), "a whole number from 1 on"),
             "top_p": (self.top_p, lambda x: 0 < x <= 1, "in (0, 1]"),
             "min_p": (self.min_p, lambda x: 0 <= x <= 1, "in [0, 1]"),
+            "repetition_penalty": (
+                self.repetition_penalty,
+                lambda x: 0 < x < math.inf,
+                "above 0 (1 changes nothing, more avoids repeats)",
+            ),
         }
         for name, (value, fits, range_) in accepted.items():
             if value is not None and not (isinstance(value, int | float | np.number) and fits(value)):
                 raise InputError(f"{name}={value!r} must be {range_}.")
         if self.temperature is None and (self.top_k, self.top_p, self.min_p) != (None, None, None):
             raise InputError("top_k, top_p and min_p filter random draws: give temperature as well, e.g. 1.0.")
+
+    def typed(self) -> "Sampling":
+        """The same with one dtype a field, so that 1 and 1.0 share a program (host values only)."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        dtypes = {name: np.int32 if name == "top_k" else np.float32 for name in values}
+        return Sampling(**{name: None if x is None else dtypes[name](x) for name, x in values.items()})
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -71,13 +85,37 @@ def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Arra
     return logits
 
 
+def penalise(logits: Float[Array, "B V"], penalty: Any, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """Make the tokens that were `seen` less likely (penalty > 1): positive logits divided, others multiplied; float32.
+
+    Keskar et al. 2019 (CTRL), section 4.1, with the sign as in transformers.
+
+    >>> penalise(jnp.array([[3.0, -1.0, 3.0]]), 1.5, jnp.array([[True, True, False]])).tolist()
+    [[2.0, -1.5, 3.0]]
+    """
+    logits = logits.astype(jnp.float32)
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, keys: PRNGKeyArray, *, step: Int[Array, ""] | int = 0
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    keys: PRNGKeyArray,
+    *,
+    step: Int[Array, ""] | int = 0,
+    seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
     """One token a row: the largest logit, or a draw with the row's own key folded with `step`.
 
-    A row draws the same tokens alone and in any batch.
+    A row draws the same tokens alone and in any batch. `seen` are the ids that a repetition penalty holds for.
+
+    Raises:
+        InputError: there is a repetition penalty, and `seen` is None.
     """
+    if sampling.repetition_penalty is not None:
+        if seen is None:
+            raise InputError("a repetition penalty needs the ids that were seen: give seen=, booleans [B V].")
+        logits = penalise(logits, sampling.repetition_penalty, seen)
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = filter_logits(logits, sampling)

@@ -1,5 +1,13 @@
-"""Hugging Face model directories to and from parameter trees; no torch, no transformers."""
+"""Hugging Face model directories to and from parameter trees, streaming; no torch, no transformers.
 
-from jaxfw.weights.directory import Checkpoint, load, load_config, save
+    python -m jaxfw.weights inspect DIR
+"""
 
-__all__ = ["Checkpoint", "load", "load_config", "save"]
+from jaxfw.weights.arrays import abstract_params, quantise_params
+from jaxfw.weights.directory import Checkpoint, load, load_config
+from jaxfw.weights.memory import device_bytes, preflight
+from jaxfw.weights.saving import save
+
+__all__ = [
+    "Checkpoint", "abstract_params", "device_bytes", "load", "load_config", "preflight", "quantise_params", "save",
+]  # fmt: skip

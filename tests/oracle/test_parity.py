@@ -1,4 +1,4 @@
-"""Logits equal transformers', in every kind of RoPE and grouping; and every planted fault is seen."""
+"""Logits equal transformers', in every family, kind of RoPE and grouping; and every planted fault is seen."""
 
 import json
 
@@ -19,23 +19,36 @@ from jaxfw.models.cache import FullCache  # noqa: E402
 from jaxfw.models.hub_config import read_rope  # noqa: E402
 from jaxfw.ops import rope as rope_module  # noqa: E402
 from jaxfw.ops.rope import KINDS, inverse_frequencies  # noqa: E402
+from jaxfw.weights.families import FAMILIES  # noqa: E402
 
 TOLERANCE = parity.TOLERANCE["logits"]
 FAULTS = {fault.name: fault for fault in parity.FAULTS if fault.shows_in == "logits"}
 
 
 def test_cases_cover_what_the_gate_names():
-    cases = parity.CASES.values()
+    assert {case.model_type for case in parity.CASES.values()} == FAMILIES.keys() - {"deepseek"}, "it is not there"
+    cases = [case for case in parity.CASES.values() if case.model_type == "llama"]
     assert {case.rope["rope_type"] for case in cases} == set(KINDS)
-    assert {case.heads // case.kv_heads for case in cases} == {1, 3, 4, 7}
-    for name in ("tied", "attention_bias", "mlp_bias"):
-        assert {getattr(case, name) for case in cases} == {False, True}
-    for case in cases:
+    heads = [(case.attributes["num_attention_heads"], case.attributes["num_key_value_heads"]) for case in cases]
+    assert {heads // kv_heads for heads, kv_heads in heads} == {1, 3, 4, 7}
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        assert {case.attributes.get(name, False) for case in cases} == {False, True}
+    for case in parity.CASES.values():
         assert min(case.lengths) < max(case.lengths), "padded rows"
-        before = case.rope.get("original_max_position_embeddings", case.positions)
-        assert case.rope["rope_type"] in ("default", "linear") or max(case.lengths) >= 4 * before
+        before = case.rope.get("original_max_position_embeddings", case.attributes.get("max_position_embeddings"))
+        assert case.rope.get("rope_type", "default") in ("default", "linear") or max(case.lengths) >= 4 * before
     assert max(max(case.lengths) for case in cases) > 512, "longer than one block of queries"
-    assert len({fault.name for fault in parity.FAULTS}) == len(parity.FAULTS) >= 12
+    assert len({fault.name for fault in parity.FAULTS}) == len(parity.FAULTS) >= 49 + 25
+
+
+def test_families_are_compared_beyond_their_windows(oracle):
+    windowed = set()
+    for name, case in parity.CASES.items():
+        if case.attributes.get("sliding_window"):
+            window = oracle(name).config.window
+            assert max(case.lengths) > 4 * window
+            windowed.add(case.model_type)
+    assert {"mistral", "qwen2", "qwen3", "mixtral"} <= windowed
 
 
 @pytest.mark.parametrize("name", parity.CASES)
@@ -59,13 +72,27 @@ def test_a_planted_fault_leaves_no_trace(oracle):
     assert parity.logits_error(oracle("default")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["default", "dynamic", "yarn", "llama3, biased"])
+@pytest.fixture(scope="module")
+def sharded(oracle):
+    """The first case of each family on a mesh of four devices."""
+    names = parity.first_of_families().values()
+    return {row["case"]: row for row in parity.sharded_errors({name: oracle(name) for name in names})}
+
+
+@pytest.mark.parametrize("name", parity.first_of_families().values())
+def test_logits_on_a_mesh(sharded, name):
+    assert sharded[name]["error"] <= TOLERANCE
+    assert sharded[name]["bytes_share"] < 0.3, "a device holds a quarter, and what is small"
+
+
+@pytest.mark.parametrize("name", ["default", "dynamic", "yarn", "llama3, biased", "mistral", "qwen2, windows",
+                                  "qwen3, windows", "gpt2", "mixtral, window", "olmoe"])  # fmt: skip
 def test_decoding_with_a_cache(oracle, name):
     """Token by token behind a prompt, transformers keeps each cached key's rotation, as we do; `dynamic` moves on."""
     built = oracle(name)
     prompt, T = 20, 44  # `dynamic` stretches from 32 on
     tokens = built.tokens[:1, :T]
-    built.model.model.rotary_emb = type(built.model.model.rotary_emb)(built.model.config)
+    parity.restart(built.model)
     theirs, past = [], None
     with torch.no_grad():
         for piece in np.split(tokens, range(prompt, T), axis=1):
@@ -138,4 +165,5 @@ def test_the_committed_report_is_of_these_cases_and_faults():
     report = json.loads(parity.RESULTS.read_text())
     assert report["ok"] and report["tolerance"] == parity.TOLERANCE
     assert [row["case"] for row in report["parity"]] == list(parity.CASES)
+    assert [row["case"] for row in report["sharded"]] == list(parity.first_of_families().values())
     assert [row["fault"] for row in report["mutations"]] == [fault.name for fault in parity.FAULTS]

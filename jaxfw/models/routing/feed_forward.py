@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfw.core.shapes import Array, Float, PyTree
+from jaxfw.ops.quant import Quantised, product
 
 
 def experts_of(params: PyTree) -> int:
@@ -14,17 +15,22 @@ def experts_of(params: PyTree) -> int:
 def expert_ffn(params: PyTree, x: Float[Array, "E ... D"]) -> Float[Array, "E ... D"]:
     """down(silu(gate(x)) * up(x)) of each expert, in x's dtype; down(gelu(up(x))) where there is no "gate".
 
-    `params` are "gate" and "up" [E D F] and "down" [E F D].
+    `params` are "gate" and "up" [E D F] and "down" [E F D], arrays or `Quantised`.
     """
-    gate, up, down = (params[name].astype(x.dtype) if name in params else None for name in ("gate", "up", "down"))
     # Gradients recompute the product, as in a dense feed-forward: kept, it would double what a layer holds of [E C F].
-    hidden = jnp.einsum("e...d,edf->e...f", x, up)
-    if gate is None:
+    hidden = _products(x, params["up"])
+    if "gate" not in params:
         hidden = jax.nn.gelu(hidden)
     else:
         gated = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up)
-        hidden = gated(jnp.einsum("e...d,edf->e...f", x, gate), hidden)
-    return jnp.einsum("e...f,efd->e...d", hidden, down)
+        hidden = gated(_products(x, params["gate"]), hidden)
+    return _products(hidden, params["down"])
+
+
+def _products(x: Float[Array, "E ... D"], matrices: Array | Quantised) -> Float[Array, "E ... F"]:
+    if isinstance(matrices, Quantised):
+        return product(x, matrices)
+    return jnp.einsum("e...d,edf->e...f", x, matrices.astype(x.dtype))
 
 
 def slots_ffn(params: PyTree, x: Float[Array, "g E C D"], axis: str | None) -> Float[Array, "g E C D"]:
