@@ -11,9 +11,9 @@
 # %% [markdown]
 # # A tour of jaxfw
 #
-# A model of your own in half a minute, then what the framework does with any model: ask it, look inside, change what its cache
-# keeps, quantise it, lay it out on a cluster, train it, and give it back as a Hugging Face directory. Everything runs on two
-# CPU cores without a download; with your own checkpoint, set `MODEL` to its directory.
+# A model of your own in half a minute, then what the framework does with any model: ask it, look inside, change what
+# its cache keeps, quantise it, lay it out on a cluster, train it, and give it back as a Hugging Face directory.
+# Everything runs on two CPU cores without a download; with your own checkpoint, set `MODEL` to its directory.
 #
 # In Colab, the next cell installs jaxfw and keeps Colab's jax; elsewhere it does nothing.
 
@@ -21,7 +21,7 @@
 import subprocess
 import sys
 
-REPOSITORY = "https://github.com/jaxfw/jaxfw"  # or your fork
+REPOSITORY = "https://github.com/YOUR_FORK/jaxfw"
 if "google.colab" in sys.modules:
     subprocess.run(["git", "clone", "--quiet", REPOSITORY, "/content/jaxfw"], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "/content/jaxfw"], check=True)
@@ -44,8 +44,9 @@ MODEL = None  # a Hugging Face directory of yours; None trains a small one here
 # %% [markdown]
 # ## A model
 #
-# Experiments are functions first and commands second. This is the main job of the README, in its smoke size: a tokenizer is
-# trained on the documentation strings of Python's standard library, then a LLaMA of a few thousand parameters.
+# Experiments are functions first and commands second. This is the main job of the README, in its smoke size: a
+# tokenizer is trained on the documentation strings of Python's standard library, then a LLaMA of a few thousand
+# parameters.
 
 # %%
 from configs import quickstart
@@ -53,7 +54,10 @@ from experiments.quickstart import run
 
 scratch = Path(tempfile.mkdtemp())
 if MODEL is None:
-    result = run(quickstart.get_config("smoke"), scratch / "run")
+    config = quickstart.get_config("smoke")
+    config.documents, config.model.width, config.model.ffn, config.model.vocab = 2000, 64, 160, 512
+    config.train.steps, config.train.evaluate_every, config.train.save_every = 1000, 500, 1000
+    result = run(config, scratch / "run")
     MODEL = scratch / "run" / "model"
 m = jaxfw.load(MODEL)
 m.config
@@ -81,8 +85,8 @@ m.generate(["Raises", "If"], prefix=shared, max_new_tokens=8)
 # %% [markdown]
 # ## Look inside
 #
-# A tap names a site in the model and says what to collect or to change there (docs/taps.md has all sites). Here is the logit
-# lens: what each layer would answer if it were the last one.
+# A tap names a site in the model and says what to collect or to change there (docs/taps.md has all sites). Here is
+# the logit lens: what each layer would answer if it were the last one.
 
 # %%
 from jaxfw.models import Collect, Edit
@@ -103,19 +107,20 @@ figure.colorbar(image)
 figure.tight_layout()
 
 # %% [markdown]
-# The same sites can be edited, in prompts and while generating. An edit is data: its value can be differentiated and mapped.
+# The same sites can be edited, in prompts and while generating. An edit is data: its value can be differentiated and
+# mapped.
 
 # %%
 direction = layers[-1, 0, -1] / jnp.linalg.norm(layers[-1, 0, -1])
-for strength in (0.0, 4.0):
+for strength in (0.0, 40.0):
     edit = Edit("resid/out", strength * direction, op="add", layers=(0, 0))
     print(strength, repr(m.generate("This", taps=[edit], max_new_tokens=12)))
 
 # %% [markdown]
 # ## Change what the cache keeps
 #
-# A cache policy is a value as well. How many bytes does each keep of a text, and how often does the model still choose the same
-# next token?
+# A cache policy is a value as well. How many bytes does each keep of a text, and how often does the model still
+# choose the same next token?
 
 # %%
 from jaxfw.models.cache import FullCache, Int8Cache, RandomCache, RingCache
@@ -139,7 +144,8 @@ for policy in (FullCache(), Int8Cache(), RingCache(32), RandomCache(32)):
 # %% [markdown]
 # ## Fewer bits
 #
-# Matrices can be loaded in 8 or 4 bits. Nothing is held in full on the way: a model that only fits when quantised loads.
+# Matrices can be loaded in 8 or 4 bits. Nothing is held in full on the way: a model that only fits when quantised
+# loads.
 
 # %%
 for bits in (None, "int8", "int4"):
@@ -166,8 +172,8 @@ f"{held.bytes / 2**30:.1f} GiB in all, {held.bytes_per_device / 2**30:.1f} GiB a
 # %% [markdown]
 # ## Another architecture
 #
-# A configuration is a frozen value; every family is a setting of its switches. Here the same size as a mixture of experts,
-# trained for a few steps with router balance by bias, without a loss for it.
+# A configuration is a frozen value; every family is a setting of its switches. Here the same size as a mixture of
+# experts, trained for a few steps with router balance by bias, without a loss for it.
 
 # %%
 import optax
@@ -195,7 +201,8 @@ losses[0], losses[-1]
 # %% [markdown]
 # ## Give it back
 #
-# What is saved is what the Hub holds: transformers loads it. `python -m jaxfw.weights inspect DIR` shows any directory.
+# What is saved is what the Hub holds: transformers loads it. `python -m jaxfw.weights inspect DIR` shows any
+# directory.
 
 # %%
 from jaxfw import weights

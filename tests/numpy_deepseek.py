@@ -8,7 +8,7 @@ import numpy as np
 
 
 def run(attributes, tensors, tokens):
-    """Logits [T V] of one row of tokens [T], and the smallest lead of a chosen expert's log score over one not chosen."""
+    """Logits [T V] of one row of tokens [T], and the smallest lead of a chosen expert over one not, in log affinity."""
     a = attributes
     w = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     x, leads = w["model.embed_tokens.weight"][tokens], []

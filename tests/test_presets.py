@@ -1,5 +1,6 @@
 """Published models by name."""
 
+import functools
 import re
 
 import jax
@@ -47,13 +48,19 @@ COUNTS = {
 }
 
 
+@functools.cache
+def shapes(name):
+    """Path -> abstract parameter."""
+    return flatten_dict(jax.eval_shape(lambda: init(preset(name), jax.random.key(0))), sep="/")
+
+
 def test_every_preset_is_counted():
     assert set(COUNTS) == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_without_holding_them(name):
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: init(preset(name), jax.random.key(0))))
+    leaves = shapes(name).values()
     assert sum(leaf.size for leaf in leaves) == COUNTS[name]
     assert {str(leaf.dtype) for leaf in leaves} == {"bfloat16"}
 
@@ -81,13 +88,12 @@ def test_experts_are_where_they_should_be():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_parameter_has_exactly_one_rule_and_a_place_in_the_files(name):
-    config = preset(name)
-    shapes = flatten_dict(jax.eval_shape(lambda: init(config, jax.random.key(0))), sep="/")
+    config, paths = preset(name), shapes(name).keys()
     rules = decoder_rules(config)
-    for path in shapes:
+    for path in paths:
         assert sum(bool(re.fullmatch(rule.pattern, path)) for rule in rules) == 1, path
     if name != "switch-8":
-        assert families.choose(config).tensors(config).keys() == shapes.keys()
+        assert families.choose(config).tensors(config).keys() == paths
 
 
 LLAMA_2 = {

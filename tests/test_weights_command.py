@@ -34,7 +34,7 @@ def said(capsys, *words):
 def test_inspect(saved, capsys):
     code, out = said(capsys, "inspect", saved)
     assert code == 0
-    for part in ("family      llama", "width=16", "parameters  4,832", "bytes       19,328 in memory, in 1 file(s)"):
+    for part in ("family      llama", "width=16", "parameters  6,640", "bytes       26,560 in memory, in 1 file(s)"):
         assert part in out
     assert re.search(rf"{re.escape(DOWN)} +16x24 +F32 +layers_0/mlp/down/kernel", out)
     assert "loads       yes" in out and "missing" not in out
@@ -50,8 +50,8 @@ def test_inspect_says_what_keeps_it_from_loading_and_does_not_fail(saved, capsys
 
 def test_inspect_shows_a_mesh(saved, capsys):
     whole, cut = (said(capsys, "inspect", saved, f"--mesh={sizes}")[1].splitlines()[-1] for sizes in ("", "tensor=2"))
-    assert whole.split()[-2:] == ["19,328", "19,328"]
-    assert int(cut.split()[-1].replace(",", "")) < 0.6 * 19328
+    assert whole.split()[-2:] == ["26,560", "26,560"]
+    assert int(cut.split()[-1].replace(",", "")) < 0.6 * 26560
     assert "quantised to int4" in said(capsys, "inspect", saved, "--quantise=int4")[1]
 
 
@@ -93,14 +93,14 @@ def test_verify_finds(saved, capsys, damage, message):
 
 def test_verify_finds_what_an_index_leaves_out(tmp_path, capsys):
     directory = save(tmp_path / "a", CONFIG, init(CONFIG, jax.random.key(0)), shard_bytes=4096)
-    (directory / "model-00009-of-00009.safetensors").write_bytes(b"")
+    (directory / "model-00099-of-00099.safetensors").write_bytes(b"")
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     index["metadata"]["total_size"] += 1
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     code, out = said(capsys, "verify", directory)
     assert code == 1
-    assert "FAILED model.safetensors.index.json: does not name model-00009-of-00009.safetensors" in out
-    assert "FAILED total_size: is 19,329 in the index, the tensors have 19,328 bytes" in out
+    assert "FAILED model.safetensors.index.json: does not name model-00099-of-00099.safetensors" in out
+    assert "FAILED total_size: is 26,561 in the index, the tensors have 26,560 bytes" in out
 
 
 # --- export

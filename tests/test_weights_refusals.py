@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxfw.core.errors import InputError
 from jaxfw.models import Rope, init
 from jaxfw.weights import load_config, save
-from tests.model_directories import CONFIG, EMBEDDING, QUERY, TIED, refused, rewrite, set_attributes
+from tests.model_directories import CONFIG, DOWN, EMBEDDING, QUERY, TIED, refused, rewrite, set_attributes
 
 
 @pytest.fixture
@@ -234,3 +235,69 @@ def test_numbers_that_mean_the_same_are_taken(saved):
     config = load_config(saved)
     assert (config.rope, config.norm_eps) == (Rope(kind="linear", factor=4.0, theta=500.0), 1.0)
     assert type(config.rope.theta) is type(config.norm_eps) is float
+
+
+# --- checkpoints of other kinds
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        ({"quant_method": "fp8"}, "FP8"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq"}, "AWQ"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "mxfp4"}, "MXFP4"),
+        ({"quant_method": "aqlm"}, "aqlm"),
+        ({"bits": 3}, "an unnamed method"),
+    ],
+)
+def test_quantised_checkpoints(saved, config, name):
+    set_attributes(saved, quantization_config=config)
+    refused(
+        saved, f"quantization_config says that this checkpoint is quantised by {name}", "unquantised repository",
+        "quantise='int8' or quantise='int4'",
+    )  # fmt: skip
+
+
+def test_the_older_name_of_compressed_tensors(saved):
+    set_attributes(saved, compression_config={"format": "pack-quantized"})
+    refused(saved, "compression_config", "quantised by compressed-tensors")
+
+
+def test_gguf(saved, tmp_path):
+    (saved / "model.safetensors").unlink()
+    (saved / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+    refused(saved, "holds GGUF files (model-q4_k_m.gguf)", "unquantised repository", "quantise='int4'")
+    refused(saved / "model-q4_k_m.gguf", "is a GGUF file", "unquantised repository")
+
+
+def test_a_file_of_pickles_in_place_of_a_directory(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    refused(tmp_path / "model.bin", "pickled weights", "give a directory with safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_git_lfs_pointers(saved, name):
+    (saved / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    refused(saved, saved / name, "is a Git-LFS pointer", "git lfs pull")
+
+
+def test_adapters(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    refused(tmp_path, "holds an adapter (adapter_config.json)", "merge_and_unload()")
+
+
+def test_weights_that_are_not_finite_are_not_quantised(saved):
+    rewrite(saved, lambda tensors: tensors | {DOWN: np.full((16, 24), np.inf, np.float32)})
+    assert not np.isfinite(load(saved).params["layers_0"]["mlp"]["down"]["kernel"]).any()
+    with pytest.raises(InputError, match=f"{DOWN} holds values that are not finite"):
+        load(saved, quantise="int8")
+
+
+def test_an_unknown_quantisation(saved):
+    with pytest.raises(InputError, match="quantise='nf4' is unknown. Known: int8, int4"):
+        load(saved, quantise="nf4")

@@ -65,8 +65,8 @@ def margin(oracle: Oracle) -> float:
     """The smallest lead, in log probability, of an expert that is chosen over one that is not."""
     config, moe = oracle.config, oracle.config.moe
     assert moe is not None
-    taps = (Collect("moe/probs"),)
-    out = jax.jit(lambda params: forward(config, params, oracle.tokens, lengths=oracle.lengths, taps=taps).taps[0])
+    taps, tokens, lengths = (Collect("moe/probs"),), jnp.asarray(oracle.tokens), jnp.asarray(oracle.lengths)
+    out = jax.jit(lambda params: forward(config, params, tokens, lengths=lengths, taps=taps).taps[0])
     sparse = [i for i in range(config.layers) if moe.is_in(i)]
     probs = np.asarray(out(oracle.params), np.float64)[sparse][:, oracle.valid]
     ordered = np.sort(np.log(probs), axis=-1)[..., ::-1]

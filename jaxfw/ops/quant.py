@@ -75,8 +75,10 @@ def bits_of(name: str) -> int:
     return BITS[name]
 
 
-def quantise(w: Float[Array, "... D F"], *, bits: int, axis: int = -2) -> Quantised:
+def quantise(w: Float[Array, "... D F"], *, bits: int, axis: int = -2, group: int | None = None) -> Quantised:
     """Round to the nearest multiple of each group's scale. Works under `jax.eval_shape`.
+
+    `group` inputs share a scale, by default `group_of` them; give that of the matrix to quantise a part of it.
 
     >>> q = quantise(jnp.array([[254.0], [-1.0]]), bits=8)
     >>> q.values.tolist(), q.scale.tolist()
@@ -86,7 +88,8 @@ def quantise(w: Float[Array, "... D F"], *, bits: int, axis: int = -2) -> Quanti
         raise InputError(
             f"a matrix {list(w.shape)} has no int4 form, which keeps pairs along the last axis: give quantise='int8'."
         )
-    wide, largest = _grouped(w.astype(jnp.float32), axis, group_of(w.shape[axis], bits)), _LARGEST[bits]
+    largest = _LARGEST[bits]
+    wide = _grouped(w.astype(jnp.float32), axis, group or group_of(w.shape[axis], bits))
     scale = jnp.max(jnp.abs(wide), axis=axis, keepdims=True) / largest
     values = jnp.clip(jnp.round(wide / jnp.where(scale > 0, scale, 1)), -largest, largest).astype(jnp.int8)
     values = values.reshape(w.shape)

@@ -49,13 +49,23 @@ def abstract_params(
     config: DecoderConfig, *, dtypes: Mapping[str, Any] | None = None, quantise: str | None = None
 ) -> PyTree:
     """The tree as shapes, each in its dtype, by default `param_dtype`."""
-    flat = flatten_dict(layout.parameter_shapes(config), sep="/")
-    shapes = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtypes is None else dtypes[path])
-        for path, leaf in flat.items()
-    }
-    tree = unflatten_dict(shapes, sep="/")
-    return tree if quantise is None else jax.eval_shape(functools.partial(quantise_params, quantise=quantise), tree)
+    bits, shapes = None if quantise is None else quant.bits_of(quantise), {}
+    for path, leaf in flatten_dict(layout.parameter_shapes(config), sep="/").items():
+        dtype = jax.numpy.dtype(leaf.dtype if dtypes is None else dtypes[path])
+        is_cut = bits is not None and MATRICES.fullmatch(path)
+        shapes[path] = (
+            _abstract_matrix(leaf.shape, dtype, bits, inputs_axis(path)) if is_cut
+            else jax.ShapeDtypeStruct(leaf.shape, dtype)
+        )  # fmt: skip
+    return unflatten_dict(shapes, sep="/")
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract_matrix(shape: tuple[int, ...], dtype: Any, bits: int, axis: int) -> Quantised:
+    """What a matrix will take; models have few sizes of matrices, and many of each."""
+    return jax.eval_shape(
+        functools.partial(quant.quantise, bits=bits, axis=axis), jax.ShapeDtypeStruct(shape, dtype)
+    )
 
 
 def make_params(
@@ -161,7 +171,8 @@ class _QuantisedParts:
     def _quantise(self, where: Index) -> Quantised:
         name = self.stored.names[where[0].start if len(where) == 3 else 0]
         w = layout.read(self.reader, self.stored, where, np.dtype(np.float32))
-        found = _quantise(jax.device_put(w, jax.local_devices()[0]), bits=self.leaf.bits, axis=self.leaf.axis)
+        options = {"bits": self.leaf.bits, "axis": self.leaf.axis, "group": self.leaf.group}
+        found = _quantise(jax.device_put(w, jax.local_devices()[0]), **options)
         found = jax.tree.map(np.asarray, found)
         if not np.isfinite(found.scale).all():
             raise InputError(f"{name} holds values that are not finite: it cannot be quantised, or loaded to any use.")
@@ -169,7 +180,7 @@ class _QuantisedParts:
         return found
 
 
-_quantise = jax.jit(quant.quantise, static_argnames=("bits", "axis"))
+_quantise = jax.jit(quant.quantise, static_argnames=("bits", "axis", "group"))
 
 
 def _key(index: Index) -> tuple[tuple[int, int], ...]:

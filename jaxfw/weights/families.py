@@ -65,7 +65,9 @@ def _lost(module: ModuleType, config: DecoderConfig) -> list[str]:
     except InputError as error:
         return [str(error)]
     given, read = _plain(config), _plain(again)
-    return [f"{name}={given.get(name)!r} would become {read.get(name)!r}" for name in given if given[name] != read[name]]
+    if config.moe and all(config.moe.is_in(i) for i in range(config.layers)):
+        del given["model.ffn"]  # no layer is that wide
+    return [f"{name}={value!r} would become {read[name]!r}" for name, value in given.items() if value != read[name]]
 
 
 def _plain(config: DecoderConfig) -> dict[str, Any]:
@@ -75,8 +77,6 @@ def _plain(config: DecoderConfig) -> dict[str, Any]:
         moe = config.moe
         renormalize = moe.per_token > 1 if moe.renormalize is None else moe.renormalize
         fields["model.moe"] = dataclasses.replace(moe, renormalize=renormalize, allow_noncausal=False)
-        if all(moe.is_in(i) for i in range(config.layers)):
-            del fields["model.ffn"]  # no layer is that wide
     return fields
 
 

@@ -4,6 +4,7 @@ An axis in front of the last two counts experts, with a tensor each on the Hub.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -35,8 +36,9 @@ class Region:
     transposed: bool
 
 
+@functools.lru_cache(maxsize=8)
 def parameter_shapes(config: DecoderConfig) -> PyTree:
-    """The tree of a model's parameters as shapes and dtypes."""
+    """The tree of a model's parameters as shapes and dtypes; not to be changed, as later calls give it again."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 

@@ -1,4 +1,4 @@
-"""What is particular to mixtures: no ties in the cases of parity, and config.json files that transformers reads alike."""
+"""Of mixtures: no ties in the cases of parity, and config.json files that transformers reads alike."""
 
 import copy
 import json

@@ -38,6 +38,6 @@ def by_layer(sizes):
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - ELSEWHERE))
 def test_sizes_layer_by_layer(name):
     theirs = {path: parameter.numel() for path, parameter in model_there(name).named_parameters()}
-    shapes = jax.eval_shape(lambda: init(preset(name), jax.random.key(0)))
-    ours = {path: leaf.size for path, leaf in flatten_dict(shapes, sep="/").items()}
+    sizes = jax.tree.map(lambda leaf: leaf.size, jax.eval_shape(lambda: init(preset(name), jax.random.key(0))))
+    ours = flatten_dict(sizes, sep="/")
     assert by_layer(ours) == by_layer(theirs)
