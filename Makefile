@@ -10,7 +10,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 BIN = .venv/bin/python
 ORACLE = .venv-oracle/bin/python
 
-.PHONY: help install demo test oracle bench h200 gpu clean
+.PHONY: help install demo test oracle bench notebook h200 gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,14 +42,19 @@ test: .venv/dev  ## lint, types, unit tests, doctests
 oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files) and torch; installs them, on the CPU
 	JAXFW_TRANSFORMERS4=$(CURDIR)/.venv-oracle/transformers4 $(ORACLE) -m pytest -n 2 tests/oracle
 
-bench: .venv-oracle/installed  ## speed beside transformers and torch, and what the seams cost, on this machine's CPU
+bench: .venv-oracle/installed  ## speed and loading beside transformers and torch, and what the seams cost, on this CPU
 	$(ORACLE) -m experiments.bench.cpu_lm
 	$(ORACLE) -m experiments.bench.seams
+	$(ORACLE) -m experiments.bench.load
 
 h200: .venv/dev  ## what kernels and published models become on H200s, compiled here without one: tables of bytes and calls
 	$(BIN) -m experiments.kernels
 	$(BIN) -m experiments.sharding
 	$(BIN) -m experiments.h200
+
+notebook: .venv/dev  ## docs/tour.ipynb from docs/tour.py, executed
+	.venv/bin/jupytext --quiet --to ipynb --set-kernel python3 docs/tour.py
+	PYTHONPATH=$(CURDIR) .venv/bin/jupyter-execute --inplace docs/tour.ipynb
 
 .venv/$(CUDA): .venv/installed
 	$(BIN) $(PIP) $(EDITABLE) '.[$(CUDA)]'

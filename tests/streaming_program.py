@@ -4,6 +4,7 @@ Run by tests/test_streaming.py: `streaming_program.py CASE ARGUMENTS`.
 """
 
 import gc
+import itertools
 import json
 import os
 import signal
@@ -128,7 +129,7 @@ def together(port, number, directory, folder):
 
 
 def killed(directory, after):
-    """Dies without a word when so many tensors are written (-1: when all is, before the directory has its name)."""
+    """Dies without a word when so many parameters are written (-1: when all are, before the directory has its name)."""
     written, write, sync = [], saving._write_parameter, saving._sync
 
     def die():
@@ -145,5 +146,13 @@ def killed(directory, after):
     save(directory, TINY, numbers(TINY), shard_bytes=4096)
 
 
+def saves(folder):
+    """One directory after the other, until it is killed."""
+    params = numbers(TINY)
+    print("ready", flush=True)
+    for number in itertools.count():
+        save(Path(folder) / str(number), TINY, params, shard_bytes=4096)
+
+
 if __name__ == "__main__":
-    {case.__name__: case for case in (make, load_and_save, together, killed)}[sys.argv[1]](*sys.argv[2:])
+    {case.__name__: case for case in (make, load_and_save, together, killed, saves)}[sys.argv[1]](*sys.argv[2:])

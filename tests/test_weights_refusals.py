@@ -9,7 +9,7 @@ import pytest
 
 from jaxfw.core.errors import InputError
 from jaxfw.models import Rope, init
-from jaxfw.weights import load_config, save
+from jaxfw.weights import load, load_config, save
 from tests.model_directories import CONFIG, DOWN, EMBEDDING, QUERY, TIED, refused, rewrite, set_attributes
 
 

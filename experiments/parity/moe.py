@@ -46,7 +46,7 @@ CASES = (
               sliding_window=32),
     _moe_case("qwen2_moe", "qwen2_moe", heads=4, width=64, num_experts=6, per_token=2, moe_intermediate_size=40,
               shared_expert_intermediate_size=56, norm_topk_prob=False),
-    _moe_case("qwen2_moe, some layers", "qwen2_moe", heads=8, width=64, layers=4, num_experts=4, per_token=3,
+    _moe_case("qwen2_moe, some layers", "qwen2_moe", heads=4, width=64, layers=4, num_experts=4, per_token=3,
               moe_intermediate_size=40, shared_expert_intermediate_size=24, norm_topk_prob=True,
               decoder_sparse_step=2, mlp_only_layers=[3]),
     _moe_case("qwen3_moe", "qwen3_moe", heads=4, width=40, layers=3, num_experts=12, per_token=3,

@@ -9,10 +9,11 @@ divides D):
 int4 keeps two values in a byte, neighbours along the last axis, the first in the low half. Bytes per weight: 1 + 4 / D,
 and 1 / 2 + 4 / g (0.53 for g = 128).
 
-What XLA makes of a product on a GPU (compiled for H200): for int8, and for int4 with few rows of x, integers are widened
-in the registers of the kernel that multiplies them. For int4 that takes one product a group, [G rows F] in float32, and
-the scales behind it: scales in front of it, or halves of bytes taken apart by shifts, and XLA writes the whole matrix in
-full width first. With g / 2 rows or more those products would be larger than that matrix, which is then made.
+What XLA makes of a product on a GPU (compiled for H200): with few rows of x, integers are widened in the registers of
+the kernel that multiplies them, if there is one product for each 128 inputs, [G rows F] in float32, and the scales come
+behind it. With scales in front, or halves of bytes taken apart by shifts, XLA writes the whole matrix in full width
+first; with one product for all inputs it does so for int8 where a matrix has few outputs. With 64 rows or more those
+products would be larger than the matrix: there int8 is one product, and int4 is made wide, one matrix at a time.
 """
 
 import dataclasses
@@ -107,21 +108,24 @@ def dequantise(kernel: Quantised, dtype: Any = jnp.float32) -> Float[Array, "...
 
 def product(x: Float[Array, "... D"], kernel: Quantised) -> Float[Array, "... F"]:
     """x times the matrix, in x's dtype; for a stack of matrices [E D F], x is [E ... D]."""
-    stack = len(kernel.shape) - 2
+    stack, group = len(kernel.shape) - 2, group_of(kernel.shape[kernel.axis], bits=4)
     rows = math.prod(x.shape[stack:-1])
+    if 2 * rows < group:
+        out, scale = _group_products(x, kernel, stack, group), kernel.scale
+        scale = scale if kernel.axis == -2 else jnp.swapaxes(scale, -1, -2)
+        return jnp.sum(out * _beside(out, scale), axis=stack).astype(x.dtype)
     if kernel.bits == 8:
         out = _dot(x, kernel.values.astype(x.dtype), kernel.axis)
         return (out * _beside(out, jnp.squeeze(kernel.scale, kernel.axis))).astype(x.dtype)
-    if 2 * rows >= kernel.group:
-        return _dot(x, dequantise(kernel, x.dtype), kernel.axis).astype(x.dtype)
-    groups = _grouped(_integers(kernel), kernel.axis, kernel.group)
-    if kernel.axis == -2:
-        groups, scale = jnp.moveaxis(groups, -3, stack), kernel.scale
-    else:
-        groups, scale = jnp.moveaxis(groups, -2, stack), jnp.swapaxes(kernel.scale, -1, -2)
-    pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, kernel.group), -2, stack)
-    out = _dot(pieces, groups.astype(x.dtype), kernel.axis)
-    return jnp.sum(out * _beside(out, scale), axis=stack).astype(x.dtype)
+    return _dot(x, dequantise(kernel, x.dtype), kernel.axis).astype(x.dtype)
+
+
+def _group_products(x: Array, kernel: Quantised, stack: int, group: int) -> Float[Array, "... G T F"]:
+    """x times the integers of each `group` inputs apart, in float32; the groups' axis is behind those of the stack."""
+    integers = _grouped(_integers(kernel), kernel.axis, group)
+    integers = jnp.moveaxis(integers, kernel.axis - 1, stack)
+    pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, group), -2, stack)
+    return _dot(pieces, integers.astype(x.dtype), kernel.axis)
 
 
 def is_quantised(params: PyTree) -> bool:

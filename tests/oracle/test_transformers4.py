@@ -34,12 +34,13 @@ import json, pathlib
 import numpy as np
 import torch, transformers
 for directory in sorted(pathlib.Path(sys.argv[2]).iterdir()):
-    model, report = transformers.LlamaForCausalLM.from_pretrained(
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
         directory / "ours", attn_implementation="eager", output_loading_info=True)
     tokens, lengths = np.load(directory / "tokens.npy"), np.load(directory / "lengths.npy")
     rows = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
     for out, row, length in zip(rows, tokens, lengths):
-        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        if model.config.model_type == "llama":  # it keeps the frequencies of the longest row
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
         with torch.no_grad():
             out[:length] = model(torch.from_numpy(row[None, :length]).long()).logits[0].numpy()
     np.save(directory / "logits.npy", rows)
@@ -57,7 +58,7 @@ def exchanged(oracle, tmp_path_factory):
     for i, name in enumerate(parity.CASES):
         built, folders[name] = oracle(name), root / f"{i:02d}"
         folders[name].mkdir()
-        save(folders[name] / "ours", built.config, built.params)
+        save(folders[name] / "ours", built.config, built.params, model_type=built.case.model_type)
         np.save(folders[name] / "tokens.npy", built.tokens)
         np.save(folders[name] / "lengths.npy", built.lengths)
     done = subprocess.run([sys.executable, "-c", SCRIPT, OLDER, str(root)], capture_output=True, text=True, check=False)
