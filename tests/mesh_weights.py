@@ -21,9 +21,7 @@ from jaxfw.models import DecoderConfig, MoEConfig, forward
 from jaxfw.models.sharding import decoder_rules
 from jaxfw.weights import abstract_params, device_bytes, load, save
 
-LLAMA = DecoderConfig(
-    vocab=64, width=32, ffn=48, layers=1, heads=4, kv_heads=2, head_dim=8, positions=16, init_std=0.3
-)
+LLAMA = DecoderConfig(vocab=64, width=32, ffn=48, layers=1, heads=4, kv_heads=2, head_dim=8, positions=16, init_std=0.3)
 GPT2 = dataclasses.replace(
     LLAMA, kv_heads=4, tie_embeddings=True, rope=None, learned_positions=True, norm="layer", norm_eps=1e-5,
     activation="gelu_tanh", gated=False, qkv_bias=True, out_bias=True, mlp_bias=True,

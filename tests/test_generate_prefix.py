@@ -83,7 +83,7 @@ def test_a_random_cache_behind_a_prefix_keeps_its_budget():
 
 
 def test_taps_hold_behind_a_prefix_at_true_positions():
-    shift = np.full(CONFIG.width, 0.7, np.float32)
+    shift = np.linspace(-9, 9, CONFIG.width, dtype=np.float32)
     edit = Edit("resid/out", shift, op="add", pos=np.full((1, 2), [[33, 36]], np.int32))
     begun = read_prefix(CONFIG, params(), BEGINNING, room=ROOM, taps=[edit])
     ours = run(ENDS[2:], prefix=begun, taps=[edit]).tokens
@@ -106,7 +106,7 @@ class CountedCache(FullCache):
 def test_other_lengths_of_a_bucket_do_not_retrace():
     begun = read_prefix(CONFIG, params(), BEGINNING, room=ROOM, policy=CountedCache())
     run(ENDS, prefix=begun)
-    first, begun = list(Traced), read_prefix(CONFIG, params(), BEGINNING[:-5], room=ROOM, policy=CountedCache())
+    first, begun = list(Traced), read_prefix(CONFIG, params(), BEGINNING[:-1], room=ROOM, policy=CountedCache())
     run([[1] * 31, [2], [3] * 9], prefix=begun, max_new_tokens=NEW + 1)
     assert Traced == first
     # Two kinds of layers (dense, experts); every length of a bucket and of a prefix shares them.

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import pytest
@@ -49,9 +50,10 @@ COUNTS = {
 
 
 @functools.cache
-def shapes(name):
+def shapes(name) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> abstract parameter."""
-    return flatten_dict(jax.eval_shape(lambda: init(preset(name), jax.random.key(0))), sep="/")
+    flat: Any = flatten_dict(jax.eval_shape(lambda: init(preset(name), jax.random.key(0))), sep="/")
+    return flat
 
 
 def test_every_preset_is_counted():

@@ -7,8 +7,6 @@ Not planted, because it cannot show:
 - a width of heads that is not the file's: the parameters would not fit, and the loader says so.
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -25,6 +23,7 @@ from experiments.parity.fault import (
     params_where,
     params_with,
     params_without,
+    scaled_by,
     swapped,
 )
 from jaxfw.models import decoder, whole
@@ -60,13 +59,6 @@ CASES = (
     _gpt2("gpt2"),
     _gpt2("gpt2, untied", n_embd=60, n_inner=72, activation_function="gelu", tie_word_embeddings=False),
 )  # fmt: skip
-
-
-def _scale_by(factor: Callable[[Any], float]) -> tuple[Any, str, Callable[[Any], Any]]:
-    def spoil(real):
-        return lambda config: dataclasses.replace(real(config), scale=factor(config))
-
-    return decoder, "attention_spec", spoil
 
 
 def _norm_after_rotation(real):
@@ -160,7 +152,7 @@ _MISTRAL = (
     Fault("window ignored", "mistral", config=config_with(window=None)),
     Fault("window invented", "mistral, no window", config=config_with(window=128)),
     Fault("attention scale by the width over heads", "mistral, no window",
-          patch=_scale_by(lambda c: (c.width / c.heads) ** -0.5)),
+          patch=scaled_by(lambda c: (c.width / c.heads) ** -0.5)),
 )  # fmt: skip
 _QWEN2 = (
     *_dropped("qwen2", "attn", "qkv"),

@@ -9,7 +9,7 @@ from unittest import mock
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxfw.models import DecoderConfig
+from jaxfw.models import DecoderConfig, decoder
 
 ConfigEdit = Callable[[DecoderConfig], DecoderConfig]
 ParamsEdit = Callable[[Any], Any]
@@ -55,6 +55,15 @@ def moe_with(**changes: Any) -> ConfigEdit:
 
 def _replace(part: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(part, **changes)
+
+
+def scaled_by(factor: Callable[[DecoderConfig], float]) -> Patch:
+    """Attention logits scaled by another number."""
+
+    def spoil(real):
+        return lambda config: dataclasses.replace(real(config), scale=factor(config))
+
+    return decoder, "attention_spec", spoil
 
 
 def params_where(pattern: str, change: Callable[[Any], Any]) -> ParamsEdit:

@@ -3,7 +3,6 @@
 Not planted, because it cannot show: positions that start at 1 (rotary embedding is relative).
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.parity.case import Case, decoder_case
-from experiments.parity.fault import Fault, Patch, config_with, params_where, rope_with, swapped
-from jaxfw.models import DecoderConfig, decoder, whole
+from experiments.parity.fault import Fault, Patch, config_with, params_where, rope_with, scaled_by, swapped
+from jaxfw.models import decoder, whole
 from jaxfw.nn import layers
 from jaxfw.ops import attention, rope
 
@@ -48,13 +47,6 @@ CASES = (
     _case("llama3, long", {**_LLAMA3, "original_max_position_embeddings": 128}, 14, 2, 56, head_dim=8,
           max_position_embeddings=1024, lengths=(600, 523)),
 )  # fmt: skip
-
-
-def _scale(factor: Callable[[DecoderConfig], float]) -> Patch:
-    def spoil(real):
-        return lambda config: dataclasses.replace(real(config), scale=factor(config))
-
-    return decoder, "attention_spec", spoil
 
 
 def _wrong_grouping(real):
@@ -146,8 +138,8 @@ FAULTS = (
     Fault("norms of a layer swapped", "default", params=swapped("attn_norm", "mlp_norm")),
     *(Fault(f"bias dropped: {name}", _B, params=params_where(rf"\w+/{part}/{name}/bias", jnp.zeros_like))
       for part, names in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))) for name in names),
-    Fault("attention scale 1/d", "default", patch=_scale(lambda c: 1 / c.head_dim)),
-    Fault("attention scale 1/sqrt(D)", "default", patch=_scale(lambda c: c.width**-0.5)),
+    Fault("attention scale 1/d", "default", patch=scaled_by(lambda c: 1 / c.head_dim)),
+    Fault("attention scale 1/sqrt(D)", "default", patch=scaled_by(lambda c: c.width**-0.5)),
     Fault("query head h reads key head h % K", "yarn", patch=(decoder, "attend", _wrong_grouping)),
     Fault("causal mask sees the next token", "default", patch=_mask_shifted(1)),
     Fault("causal mask hides the token itself", "default", patch=_mask_shifted(-1)),

@@ -1,6 +1,6 @@
 """Hugging Face model directories to and from parameter trees, streaming; no torch, no transformers.
 
-    python -m jaxfw.weights inspect DIR
+python -m jaxfw.weights inspect DIR
 """
 
 from jaxfw.weights.arrays import abstract_params, quantise_params

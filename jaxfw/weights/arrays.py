@@ -63,9 +63,7 @@ def abstract_params(
 @functools.lru_cache(maxsize=256)
 def _abstract_matrix(shape: tuple[int, ...], dtype: Any, bits: int, axis: int) -> Quantised:
     """What a matrix will take; models have few sizes of matrices, and many of each."""
-    return jax.eval_shape(
-        functools.partial(quant.quantise, bits=bits, axis=axis), jax.ShapeDtypeStruct(shape, dtype)
-    )
+    return jax.eval_shape(functools.partial(quant.quantise, bits=bits, axis=axis), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def make_params(

@@ -108,7 +108,9 @@ def _index(directory: Path, opened: Opened) -> Iterator[Finding]:
     unlisted = [path.name for path in sorted(directory.glob("model-*.safetensors")) if path.name not in placed]
     yield Finding(tensors.INDEX, f"does not name {tensors.few(unlisted)}" if unlisted else "")
     sizes = {"F32": 4, "BF16": 2, "F16": 2}
-    total = sum(sizes.get(header.dtype, 0) * int(np.prod(header.shape, dtype=np.int64)) for header in opened.found.values())
+    total = sum(
+        sizes.get(header.dtype, 0) * int(np.prod(header.shape, dtype=np.int64)) for header in opened.found.values()
+    )
     said = (tensors.read_json(directory / tensors.INDEX).get("metadata") or {}).get("total_size")
     is_known = all(header.dtype in sizes for header in opened.found.values())
     wrong = isinstance(said, int) and is_known and said != total

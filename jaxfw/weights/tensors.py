@@ -57,7 +57,9 @@ class Reader:
             self._files[header.file] = self._stack.enter_context(_open(header.file))
         return self._files[header.file].get_slice(header.name)[tuple(index)]
 
-    def blocks(self, name: str, index: Sequence[slice], *, rows: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+    def blocks(
+        self, name: str, index: Sequence[slice], *, rows: int | None = None
+    ) -> Iterator[tuple[slice, np.ndarray]]:
         """The region in pieces along its first axis, each with where it lies; `rows` a piece, or as many as suit."""
         first, *rest = index
         width = 4 * int(np.prod([part.stop - part.start for part in rest], dtype=np.int64))
