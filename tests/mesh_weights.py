@@ -52,6 +52,14 @@ def logits(model, tokens):
     return jax.jit(lambda params, tokens: forward(model.config, params, tokens).logits)(model.params, tokens)
 
 
+def is_equal(a, b):
+    return a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def lies_at(x, place):
+    return x.sharding.is_equivalent_to(place, x.ndim)
+
+
 def compare(folder, config, sizes, quantise):
     """What is loaded onto a mesh beside what one device loads."""
     mesh = make_mesh(**sizes, devices=jax.devices()[: int(np.prod(list(sizes.values())))])
@@ -66,8 +74,8 @@ def compare(folder, config, sizes, quantise):
         for shard in leaf.addressable_shards:
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     return {
-        "equal": jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), whole.params, cut.params)),
-        "as ruled": jax.tree.all(jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), cut.params, places)),
+        "equal": jax.tree.all(jax.tree.map(is_equal, whole.params, cut.params)),
+        "as ruled": jax.tree.all(jax.tree.map(lies_at, cut.params, places)),
         "logits": float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()),
         "held": sorted(set(held.values())),
         "predicted": device_bytes(config, mesh=mesh, quantise=quantise),

@@ -86,7 +86,7 @@ def test_a_product_is_that_with_the_matrix(bits, shape, axis, T):
 def test_what_has_no_form_is_refused():
     with pytest.raises(InputError, match=r"a matrix \[4, 9\] has no int4 form.*give quantise='int8'"):
         quantise(np.ones((4, 9), np.float32), bits=4)
-    with pytest.raises(InputError, match="quantise='int5' is unknown. Known: int8, int4"):
+    with pytest.raises(InputError, match=r"quantise='int5' is unknown\. Known: int8, int4"):
         quantise_params({}, "int5")
 
 

@@ -82,7 +82,7 @@ def test_four_bits_fit_seven_gigabytes(program):
 def test_no_matrix_is_written_in_full_width(program, name):
     """The head's products with all groups are written, and turned; else nothing is half as large as any matrix."""
     held, sizes = program(name).bytes, kept(program(name))
-    assert HEAD_PRODUCTS == sizes[0] and sizes[2] < SMALLEST_MATRIX / 2
+    assert sizes[0] == HEAD_PRODUCTS and sizes[2] < SMALLEST_MATRIX / 2
     assert held.arguments + held.temporaries < device_bytes(CONFIG, quantise=name) + 1.05 * CACHE
 
 

@@ -299,5 +299,5 @@ def test_weights_that_are_not_finite_are_not_quantised(saved):
 
 
 def test_an_unknown_quantisation(saved):
-    with pytest.raises(InputError, match="quantise='nf4' is unknown. Known: int8, int4"):
+    with pytest.raises(InputError, match=r"quantise='nf4' is unknown\. Known: int8, int4"):
         load(saved, quantise="nf4")

@@ -40,7 +40,7 @@ class Norm(nn.Module):
 
 
 def _token_dot(x: Float[Array, "B T D"], matrix: Array | Quantised, *, axis: int = 0) -> Float[Array, "B T F"]:
-    """x's last axis times the matrix's `axis`, as one product of two matrices: [B*T D] with the kernel.
+    """The last axis of x times the matrix's `axis`, as one product of two matrices: [B*T D] with the kernel.
 
     With B and T apart, XLA's CPU backend transposes and copies activations for every kernel's gradient (a feed-forward
     takes half as long again). Not on a mesh of several devices: there B and T may be sharded over different axes,

@@ -107,7 +107,7 @@ def dequantise(kernel: Quantised, dtype: Any = jnp.float32) -> Float[Array, "...
 
 
 def product(x: Float[Array, "... D"], kernel: Quantised) -> Float[Array, "... F"]:
-    """x times the matrix, in x's dtype; for a stack of matrices [E D F], x is [E ... D]."""
+    """Product of x and the matrix, in x's dtype; for a stack of matrices [E D F], x is [E ... D]."""
     stack, group = len(kernel.shape) - 2, group_of(kernel.shape[kernel.axis], bits=4)
     rows = math.prod(x.shape[stack:-1])
     if 2 * rows < group:
@@ -121,7 +121,7 @@ def product(x: Float[Array, "... D"], kernel: Quantised) -> Float[Array, "... F"
 
 
 def _group_products(x: Array, kernel: Quantised, stack: int, group: int) -> Float[Array, "... G T F"]:
-    """x times the integers of each `group` inputs apart, in float32; the groups' axis is behind those of the stack."""
+    """Product of x and the integers of each `group` inputs apart, float32; the groups' axis is behind the stack's."""
     integers = _grouped(_integers(kernel), kernel.axis, group)
     integers = jnp.moveaxis(integers, kernel.axis - 1, stack)
     pieces = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, group), -2, stack)
@@ -135,7 +135,7 @@ def is_quantised(params: PyTree) -> bool:
 
 
 def _dot(x: Array, w: Array, axis: int) -> Float[Array, "... F"]:
-    """x's last axis times the `axis` of w, in float32; what w has in front of two axes, x has too."""
+    """The last axis of x times the `axis` of w, in float32; what w has in front of two axes, x has too."""
     stacked = tuple(range(w.ndim - 2))
     numbers = (((x.ndim - 1,), (w.ndim + axis,)), (stacked, stacked))
     return jax.lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32)
@@ -147,7 +147,7 @@ def _beside(out: Array, scale: Float[Array, "... F"]) -> Array:
 
 
 def _integers(kernel: Quantised) -> Array:
-    """The values one by one. int4 is how bytes are read, not a copy; without the barrier, XLA's GPU compiler crashes."""
+    """The values one by one. int4 is how bytes are read, no copy; without the barrier, XLA's GPU compiler crashes."""
     if kernel.bits == 8:
         return kernel.values
     pairs = jax.lax.bitcast_convert_type(kernel.values, jnp.int4)

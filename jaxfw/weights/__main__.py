@@ -6,8 +6,8 @@
 
 inspect: family, configuration, tensors, what is missing or would be ignored, bytes of each device of a mesh. verify:
 sums against SHA256SUMS, structure, numbers that are not finite; --write makes SHA256SUMS. export: a model directory, or
-a workdir's model, to a new directory. Exit codes: 0; 1 when a check or the export fails; 2 when what was given cannot be
-used. --traceback shows where an error came from.
+a workdir's model, to a new directory. Exit codes: 0; 1 when a check or the export fails; 2 when what was given cannot
+be used. --traceback shows where an error came from.
 """
 
 import argparse

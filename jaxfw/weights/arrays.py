@@ -50,7 +50,8 @@ def abstract_params(
 ) -> PyTree:
     """The tree as shapes, each in its dtype, by default `param_dtype`."""
     bits, shapes = None if quantise is None else quant.bits_of(quantise), {}
-    for path, leaf in flatten_dict(layout.parameter_shapes(config), sep="/").items():
+    leaves: dict[str, Any] = flatten_dict(layout.parameter_shapes(config), sep="/")
+    for path, leaf in leaves.items():
         dtype = jax.numpy.dtype(leaf.dtype if dtypes is None else dtypes[path])
         is_cut = bits is not None and MATRICES.fullmatch(path)
         shapes[path] = (
@@ -75,7 +76,7 @@ def make_params(
     mesh: Mesh | None,
     quantise: str | None,
 ) -> PyTree:
-    """Every parameter, one after the other: a region of the files for each region that a device of this process holds."""
+    """Every parameter, one after the other: for each region that a device of this process holds, one of the files."""
     shapes = abstract_params(config, dtypes=dtypes, quantise=quantise)
     if mesh is None:
         default = SingleDeviceSharding(default_device())
@@ -87,7 +88,7 @@ def make_params(
     return unflatten_dict(make, sep="/")
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
     """Where arrays go that nobody places."""
     given: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return jax.local_devices(backend=given)[0] if given is None or isinstance(given, str) else given

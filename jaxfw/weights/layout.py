@@ -6,6 +6,7 @@ An axis in front of the last two counts experts, with a tensor each on the Hub.
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ def parameter_shapes(config: DecoderConfig) -> PyTree:
 
 def flat_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter."""
-    leaves = flatten_dict(parameter_shapes(config), sep="/")
+    leaves: dict[str, Any] = flatten_dict(parameter_shapes(config), sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
 

@@ -49,7 +49,7 @@ def check_files(directory: Path) -> None:
     gguf = [name for name in names if name.endswith(".gguf")]
     if "adapter_config.json" in names:
         raise InputError(
-            f"{directory} holds an adapter (adapter_config.json), not a model: adapters are not read yet. Merge it into "
+            f"{directory} holds an adapter (adapter_config.json), not a model; adapters are not read. Merge it into "
             "its base model once, by PEFT's merge_and_unload() and save_pretrained(), and give that directory."
         )
     if gguf:

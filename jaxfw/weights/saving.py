@@ -61,7 +61,8 @@ def save(
         InputError: the directory is in use, the tree does not fit the config, it is quantised, or no family can
             express the config.
     """
-    directory, flat = Path(directory), flatten_dict(params, sep="/")
+    directory = Path(directory)
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
     _check_params(config, flat)
     _agree(lambda: _check_free(directory))
     config = dataclasses.replace(config, param_dtype=str(flat["embed/embedding"].dtype))
@@ -227,7 +228,7 @@ def _check_params(config: DecoderConfig, flat: Mapping[str, Any]) -> None:
     quantised = [path for path, leaf in flat.items() if isinstance(leaf, Quantised)]
     if quantised:
         raise InputError(
-            f"params are quantised ({tensors.few(quantised, most=1)}), and a directory of the Hub holds weights in full: "
+            f"params are quantised ({tensors.few(quantised, most=1)}), and files of the Hub hold weights in full: "
             "load the directory that they came from without quantise=, and save that."
         )
     shapes = layout.flat_shapes(config)

@@ -34,7 +34,7 @@ class Header:
 
 
 class Reader:
-    """Regions of the tensors that `found` lists; each file is opened once, and mapped, so that only what is asked for is
+    """Regions of the tensors that `found` lists; each file is opened once and mapped: only what is asked for is
     read. A context manager: `close` at its end.
     """
 
