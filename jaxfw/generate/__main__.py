@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import jax
 
 from jaxfw.core import runtime
+from jaxfw.core.distributed import FLAGS, finish, join_by_flags
 from jaxfw.core.errors import InputError, RunError, unknown
 from jaxfw.core.mesh import make_mesh, parse_mesh
 from jaxfw.generate.lm import LM, load
@@ -59,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", action="store_true", help="tokens, log-probabilities and seconds beside the text")
     p.add_argument("--traceback", action="store_true", help="show where an error came from")
+    for name, text in FLAGS.items():
+        p.add_argument(f"--{name}", help=text)
     return p
 
 
@@ -103,11 +106,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Load the model, generate, and print."""
+    processes = join_by_flags({name: getattr(options, name.replace("-", "_")) for name in FLAGS})
+    if processes.count > 1 and options.mesh is None:
+        raise InputError(f"--mesh is missing: {processes.count} processes share a model by it, as in --mesh=tensor=2.")
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
     runtime.enable_compilation_cache()
     mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))  # pyright: ignore[reportArgumentType]
     lm = load(options.model, mesh=mesh, param_dtype=options.dtype, dtype=options.dtype, quantise=options.quantise)
-    is_shown = jax.process_index() == 0
+    is_shown = processes.is_main
     streams = is_shown and not options.json and len(prompts) == options.n == 1
     answers = _generated(lm, prompts, options, streams)
     if streams:
@@ -148,4 +154,4 @@ def _show(prompts: list[str], answers: list[list[Answer]], as_json: bool) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(finish(main(sys.argv[1:])))
