@@ -1,15 +1,10 @@
-"""A program for eight devices, one process or two: generation on a mesh beside one device.
+"""What generation on a mesh must agree on with one device; as a program, on all devices of one process or several.
 
-Run by tests/test_generate_mesh.py, as jax fixes the number of its devices when it starts: `mesh_generate.py DIR` with a
-saved model. It prints one JSON object; of two processes, each its own.
+Run by tests/test_generate_mesh.py: `mesh_generate.py DIR` with a saved model prints one JSON object.
 """
 
 import json
-import os
 import sys
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 
@@ -18,7 +13,7 @@ from jaxfw.core.distributed import join
 from jaxfw.core.mesh import make_mesh
 
 PROMPTS = ["Remove any common leading whitespace", "é", "JSON is a subset", "of the literal syntax"]
-NEW = 40  # more than one chunk
+NEW = 34  # more than one chunk
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "n": 2}
 
 
@@ -40,10 +35,6 @@ def found(m):
 
 if __name__ == "__main__":
     join()
-    sizes = {"tensor": 2, "fsdp": 2, "data": jax.device_count() // 4}
-    on_mesh = jaxfw.load(sys.argv[1], mesh=make_mesh(**sizes))  # pyright: ignore[reportArgumentType]
-    assert len(on_mesh.params["layers_0"]["mlp"]["up"]["kernel"].sharding.device_set) == 8
-    shown = {"mesh": found(on_mesh)}
-    if jax.process_count() == 1:
-        shown["one"] = found(jaxfw.load(sys.argv[1]))
-    print(json.dumps(shown))
+    m = jaxfw.load(sys.argv[1], mesh=make_mesh(tensor=2, fsdp=2, data=2))
+    assert len(m.params["layers_0"]["mlp"]["up"]["kernel"].sharding.device_set) == 8
+    print(json.dumps(found(m)))

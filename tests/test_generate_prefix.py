@@ -76,12 +76,6 @@ def test_any_policy_goes_on_from_its_prefix(policy):
         assert isinstance(policy, Int8Cache) or ours.tokens[b] == theirs.tokens[b]
 
 
-def test_a_random_cache_behind_a_prefix_keeps_its_budget():
-    policy = RandomCache(8)
-    out = run(ENDS, prefix=read_prefix(CONFIG, params(), BEGINNING, room=ROOM, policy=policy))
-    assert out.tokens != run(WHOLE, policy=policy).tokens and all(len(row) == NEW for row in out.tokens)
-
-
 def test_taps_hold_behind_a_prefix_at_true_positions():
     shift = np.linspace(-9, 9, CONFIG.width, dtype=np.float32)
     edit = Edit("resid/out", shift, op="add", pos=np.full((1, 2), [[33, 36]], np.int32))
