@@ -12,7 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
@@ -67,10 +68,11 @@ class Peak:
         self.bytes = max(self.bytes, anonymous())
 
 
-def warm(folder):
-    """Everything that a first load and a first run leave in memory."""
-    tiny = load(save(Path(folder) / f"tiny-{os.getpid()}", TINY, numbers(TINY)))
-    forward(tiny.config, tiny.params, np.ones((1, 4), np.int32)).logits.block_until_ready()
+def warm(folder, mesh=None):
+    """Everything that a first save, load and run leave in memory."""
+    tiny = load(save(Path(folder) / "tiny", TINY, numbers(TINY)), mesh=mesh)
+    with jax.set_mesh(mesh or make_mesh()):
+        jax.block_until_ready(jax.jit(forward, static_argnums=0)(tiny.config, tiny.params, np.ones((1, 4), np.int32)))
     gc.collect()
 
 
@@ -107,10 +109,12 @@ def together(port, number, directory, folder):
         asked.append(found.nbytes)
         return found
 
+    mesh = make_mesh(tensor=2)
+    warm(folder, mesh)
     tensors.Reader.read = counted
     before = anonymous()
     with Peak() as loading:
-        model = load(directory, mesh=make_mesh(tensor=2))
+        model = load(directory, mesh=mesh)
     leaves = jax.tree.leaves(model.params)
     report = {
         "held": sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),

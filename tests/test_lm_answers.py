@@ -140,8 +140,9 @@ def test_a_prompt_behind_a_prefix_is_that_of_the_joined_text(m):
 
 
 def test_where_a_token_would_reach_across_the_border_the_prompt_is_encoded_by_itself(m):
-    begun, end = m.prefix(DOCUMENT[:-1], room=ROOM), DOCUMENT[-1] + " a"
-    assert TOKENIZER.encode(DOCUMENT[:-1] + end)[: len(begun.tokens)] != list(begun.tokens)
+    cut = len("JSON is a subset of th")  # inside of a token
+    begun, end = m.prefix(DOCUMENT[:cut], room=ROOM), DOCUMENT[cut:]
+    assert TOKENIZER.encode(DOCUMENT)[: len(begun.tokens)] != list(begun.tokens)
     ids = [*begun.tokens, *TOKENIZER.encode(end, add_special_tokens=False)]
     expected = engine.generate(CONFIG, m.params, [ids], max_new_tokens=NEW, room=ROOM).tokens[0]
     assert m.generate(end, prefix=begun, max_new_tokens=NEW) == TOKENIZER.decode(expected)

@@ -63,9 +63,8 @@ def run(launchers):
     """Run a command of the page with another program in the place of its own; what it prints."""
 
     def run(command, program=PROGRAM):
-        env = environment(
-            JAX_PLATFORMS="cpu", PATH=f"{launchers}{os.pathsep}{os.environ['PATH']}", PORT=str(free_port())
-        )
+        path = f"{launchers}{os.pathsep}{os.environ['PATH']}"
+        env = environment(JAX_PLATFORMS="cpu", PATH=path, PORT=str(free_port()), PYTHON="python")
         words = ["bash", "-c", command.replace(PROGRAM, program)]
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]

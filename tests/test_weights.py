@@ -14,24 +14,6 @@ from jaxfw.models import forward, init
 from jaxfw.weights import load, load_config, save, tensors
 from tests.model_directories import CONFIG, DOWN, EMBEDDING, TIED, equal, refused, rewrite, set_attributes
 
-
-@pytest.fixture
-def saved(tmp_path):
-    return save(tmp_path / "model", CONFIG, init(CONFIG, jax.random.key(0)))
-
-
-@pytest.fixture
-def tied(tmp_path):
-    return save(tmp_path / "tied", TIED, init(TIED, jax.random.key(0)))
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    directory = save(tmp_path / "sharded", CONFIG, init(CONFIG, jax.random.key(0)), shard_bytes=4096)
-    assert len(list(directory.glob("model-*.safetensors"))) > 3
-    return directory
-
-
 # --- round trips
 
 

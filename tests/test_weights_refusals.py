@@ -3,32 +3,13 @@
 import json
 import os
 
-import jax
 import numpy as np
 import pytest
 
 from jaxfw.core.errors import InputError
-from jaxfw.models import Rope, init
-from jaxfw.weights import load, load_config, save
-from tests.model_directories import CONFIG, DOWN, EMBEDDING, QUERY, TIED, refused, rewrite, set_attributes
-
-
-@pytest.fixture
-def saved(tmp_path):
-    return save(tmp_path / "model", CONFIG, init(CONFIG, jax.random.key(0)))
-
-
-@pytest.fixture
-def tied(tmp_path):
-    return save(tmp_path / "tied", TIED, init(TIED, jax.random.key(0)))
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    directory = save(tmp_path / "sharded", CONFIG, init(CONFIG, jax.random.key(0)), shard_bytes=4096)
-    assert len(list(directory.glob("model-*.safetensors"))) > 3
-    return directory
-
+from jaxfw.models import Rope
+from jaxfw.weights import load, load_config
+from tests.model_directories import DOWN, EMBEDDING, QUERY, refused, rewrite, set_attributes
 
 # --- tensors that do not fit
 

@@ -17,23 +17,6 @@ from jaxfw.weights.families import FAMILIES, family
 from tests.model_directories import CONFIG, TIED, equal
 
 
-@pytest.fixture
-def saved(tmp_path):
-    return save(tmp_path / "model", CONFIG, init(CONFIG, jax.random.key(0)))
-
-
-@pytest.fixture
-def tied(tmp_path):
-    return save(tmp_path / "tied", TIED, init(TIED, jax.random.key(0)))
-
-
-@pytest.fixture
-def sharded(tmp_path):
-    directory = save(tmp_path / "sharded", CONFIG, init(CONFIG, jax.random.key(0)), shard_bytes=4096)
-    assert len(list(directory.glob("model-*.safetensors"))) > 3
-    return directory
-
-
 def test_nothing_is_overwritten(saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     with pytest.raises(InputError, match=f"{saved} exists and is not empty: give a new directory"):

@@ -26,10 +26,11 @@ def joined(*words):
 
     barrier("before")
     barrier("before")
-    print(json.dumps(dataclasses.asdict(processes) | {
+    found = dataclasses.asdict(processes) | {
         "jax": [jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count()],
         "collectives": jax.config.jax_cpu_collectives_implementation,
-    }))  # fmt: skip
+    }
+    sys.stdout.write(json.dumps(found) + "\n")  # at once: print lets the other process come between line and end
 
 
 def late():
