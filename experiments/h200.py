@@ -2,9 +2,9 @@
 
     python -m experiments.h200        # prints a table, writes experiments/results/h200.json
 
-Compiled, never timed: one decode step of Llama-3.1-8B on eight GPUs (tensor=8) and on one, and the prefill of one of
-its layers, which a host loop runs for all. A row says what a device holds, which kernels the program calls, and which
-collectives it waits for.
+Compiled, never timed: one decode step of Llama-3.1-8B on eight GPUs (tensor=8) and on one, there also with weights in 4
+and 8 bits, and the prefill of one of its layers, which a host loop runs for all. A row says what a device holds, which
+kernels the program calls, and which collectives it waits for.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from jaxfw.core import aot, hlo, runtime
 from jaxfw.core.mesh import BATCH_AXES, fit
 from jaxfw.core.sharding import shardings
-from jaxfw.models import DecoderConfig, attention_spec, first_step, forward, init, layer
+from jaxfw.models import DecoderConfig, attention_spec, first_step, forward, layer
 from jaxfw.models.cache import Cache, FullCache
 from jaxfw.models.presets import preset
 from jaxfw.models.sharding import batch_shardings, cache_shardings, decoder_rules
+from jaxfw.weights import abstract_params
 
 RESULTS = Path(__file__).parent / "results" / "h200.json"
 MODEL = "llama-3.1-8b"
@@ -34,15 +35,17 @@ def _placed(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def abstract_params(config: DecoderConfig, mesh: jax.sharding.Mesh) -> Any:
+def placed_params(config: DecoderConfig, mesh: jax.sharding.Mesh, quantise: str | None = None) -> Any:
     """Parameters as shapes, laid out by the rules."""
-    shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    shapes = abstract_params(config, quantise=quantise)
     return _placed(shapes, shardings(decoder_rules(config), mesh, shapes))
 
 
-def compile_decode(config: DecoderConfig, mesh: jax.sharding.Mesh, *, batch: int, length: int) -> aot.Compiled:
+def compile_decode(
+    config: DecoderConfig, mesh: jax.sharding.Mesh, *, batch: int, length: int, quantise: str | None = None
+) -> aot.Compiled:
     """One decode step of the whole model on a full cache of `length` slots, which is donated."""
-    policy, params = FullCache(), abstract_params(config, mesh)
+    policy, params = FullCache(), placed_params(config, mesh, quantise)
     empty = functools.partial(policy.empty, spec=attention_spec(config), prompt=length - 1, new=1, dtype=config.dtype)
     cache = jax.eval_shape(lambda: Cache(tuple(empty(batch) for _ in range(config.layers))))
     cache = _placed(cache, cache_shardings(mesh, cache))
@@ -66,7 +69,7 @@ def compile_prefill_layer(config: DecoderConfig, mesh: jax.sharding.Mesh, *, bat
         out = layer(config, params, x, step, policy=FullCache(), room=length + 128)
         return out.x, out.state
 
-    return aot.compile(jax.jit(run, donate_argnums=1), abstract_params(config, mesh)["layers_0"], x, step, mesh=mesh)
+    return aot.compile(jax.jit(run, donate_argnums=1), placed_params(config, mesh)["layers_0"], x, step, mesh=mesh)
 
 
 def describe(compiled: aot.Compiled) -> dict[str, Any]:
@@ -91,6 +94,12 @@ def main() -> int:
     programs = {
         "decode step, tensor=8, batch 8, cache 32768": compile_decode(config, eight, batch=8, length=32768),
         "decode step, one GPU, batch 8, cache 32768": compile_decode(config, one, batch=8, length=32768),
+        **{
+            f"decode step, one GPU, batch 1, cache 8192, {name}": compile_decode(
+                config, one, batch=1, length=8192, quantise=name
+            )
+            for name in ("int4", "int8")
+        },
         "prefill of a layer, tensor=8, batch 8 x 4096": compile_prefill_layer(config, eight, batch=8, length=4096),
         "prefill of a layer, one GPU, batch 1 x 32768": compile_prefill_layer(config, one, batch=1, length=32768),
     }

@@ -48,7 +48,7 @@ def test_a_device_holds_its_share_of_a_decode_step():
     held = decode_step().bytes
     cache = 2 * CONFIG.layers * CACHE_OF_A_LAYER
     matrices = (
-        sum(x.size * 2 for x in jax.tree.leaves(h200.abstract_params(CONFIG, aot.cluster("h200:1x1x8", tensor=8)))) / 8
+        sum(x.size * 2 for x in jax.tree.leaves(h200.placed_params(CONFIG, aot.cluster("h200:1x1x8", tensor=8)))) / 8
     )
     assert cache + matrices <= held.arguments < 1.01 * (cache + matrices)
     assert held.temporaries + held.outputs < CACHE_OF_A_LAYER
