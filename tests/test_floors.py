@@ -168,3 +168,13 @@ assert not used, used
 print("exit", code)
 """)
     assert out.endswith("exit 0\n")
+
+
+def test_importing_a_test_changes_no_environment():
+    """Doctests import every module here: what a program sets for itself would be every test's."""
+    sets = [
+        path.name
+        for path in Path(__file__).parent.rglob("*.py")
+        if re.search(r"^os\.environ\[", path.read_text(), re.M)
+    ]
+    assert sets == []

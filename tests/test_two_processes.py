@@ -1,6 +1,7 @@
 """Real processes on this machine, joined over TCP with gloo: they equal one process, and end when one of them dies."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def test_a_killed_process_ends_the_other():
     port = free_port()
     main, other = start("killed", [ours(index, port) for index in range(COUNT)], timeout=40)
     assert other.code == -9 and main.code not in (0, -9)
-    assert "process 0 of 2 at localhost" in main.err and "Connection closed by peer" in main.err
+    assert "process 0 of 2 at localhost" in main.err
+    assert re.search(r"Connection (closed|reset) by peer", main.err), "whichever the network says first"
     assert main.seconds < 20
 
 

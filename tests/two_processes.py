@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if __name__ == "__main__":  # whatever imports this (doctests, other tests) keeps its own devices
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxfw.core.distributed import barrier, current, join, join_by_flags
 
