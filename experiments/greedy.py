@@ -40,6 +40,12 @@ STEPS = 32
 BATCHES, ROWS = 2, 12
 LONGEST = 150
 RESULTS = parity.RESULTS.with_name("greedy.json")
+# All of LLaMA's, for every kind of rotary embedding, and the first of each other family.
+CASES = {
+    name: case
+    for name, case in parity.CASES.items()
+    if case.model_type == "llama" or name in parity.first_of_families().values()
+}
 
 Batch = list[list[int]]
 
@@ -88,7 +94,7 @@ def _lively(model: Any) -> Any:
     for name, tensor in model.named_parameters():
         if name.endswith("bias"):
             tensor.data.mul_(0.05)
-        elif re.search(r"mlp\.\w+_proj|[vo]_proj", name):
+        elif re.search(r"mlp\.\w+_proj|[vo]_proj|mlp\.c_|attn\.c_proj|experts\.", name):
             tensor.data.mul_(4)
     return model
 
@@ -105,7 +111,7 @@ def _prompts(oracle: parity.Oracle, batches: int, rows: int) -> list[Batch]:
 
 
 def _reference(oracle: parity.Oracle, batch: Batch) -> Reference:
-    alone = oracle.case.rope["rope_type"] == "dynamic"
+    alone = oracle.case.rope.get("rope_type") == "dynamic"
     outs = [_generate(oracle, rows) for rows in ([[row] for row in batch] if alone else [batch])]
     tokens, logits = (np.concatenate(parts) for parts in zip(*outs))
     largest = np.sort(logits, axis=-1)[..., -2:]
@@ -118,8 +124,8 @@ def _generate(oracle: parity.Oracle, batch: Batch) -> tuple[np.ndarray, np.ndarr
 
     model, longest = oracle.model, max(len(row) for row in batch)
     model.generation_config.eos_token_id = None
-    # It keeps the frequencies of the longest row it has met: start afresh.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if hasattr(model, "model"):  # it keeps the frequencies of the longest row it has met: start afresh
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     with torch.no_grad():
         out = model.generate(
             input_ids=torch.tensor([[0] * (longest - len(row)) + row for row in batch]),
@@ -219,12 +225,12 @@ FAULTS = (
 
 def run() -> dict[str, Any]:
     """Every case, every fault; the report that `greedy.json` holds."""
-    trials = {name: build(case) for name, case in parity.CASES.items()}
+    trials = {name: build(case) for name, case in CASES.items()}
     cases, faults = [], []
     for name, trial in trials.items():
         oracle, counts = trial.oracle, measure(trial)
         group = oracle.config.heads // oracle.config.kv_heads
-        model = {"rope": oracle.case.rope["rope_type"], "group": group, "tied": oracle.case.tied}
+        model = {"rope": oracle.case.rope.get("rope_type"), "group": group, "tied": oracle.case.tied}
         cases.append({"case": name, **model, **dataclasses.asdict(counts)})
         print(f"{name:24} {counts}")
     for fault in FAULTS:

@@ -69,7 +69,7 @@ def test_gaps_and_near_ties_are_counted():
 def test_the_committed_report_is_of_these_cases_and_faults():
     report = json.loads(greedy.RESULTS.read_text())
     assert report["ok"] and report["steps"] == greedy.STEPS == 32 and report["near_tie"] == greedy.NEAR_TIE == 2e-5
-    assert [row["case"] for row in report["cases"]] == list(parity.CASES)
+    assert [row["case"] for row in report["cases"]] == list(greedy.CASES)
     assert [row["fault"] for row in report["faults"]] == [fault.name for fault in greedy.FAULTS]
     total = report["total"]
     assert total["rows"] >= 200 and total["different"] == 0 and total["near_tied"] < greedy.FEW * total["rows"]
