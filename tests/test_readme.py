@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,15 +42,23 @@ def test_every_command_that_only_looks_runs():
 
 
 def test_the_code_runs_in_the_order_in_which_it_stands(tmp_path):
-    """The notebook cell trains (its smoke size); the model then comes from the main job's smoke run."""
+    """The notebook cell trains (its smoke size); the model then comes from the main job's smoke run.
+
+    So do the commands that read a model.
+    """
     for name in ("configs", "experiments", "jaxfw"):
         (tmp_path / name).symlink_to(ROOT / name)
     launch = ["-m", "jaxfw.launch", "--config=configs/quickstart.py:smoke", "--workdir=runs/quickstart"]
     done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     code = "\n".join(line for block in PYTHON for line in block.splitlines() if not line.startswith(("!", "%")))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    commands = [
+        line.split("  ")[0] for line in SHELL.splitlines() if "runs/quickstart/model" in line or "runs/half" in line
+    ]
+    assert len(commands) == 5
+    for words in (["-c", code], *(shlex.split(line)[1:] for line in commands)):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{words[:4]}: {done.stderr}"
     shutil.rmtree(tmp_path / "runs")
 
 
@@ -64,7 +73,9 @@ def _figures_of_kernels_and_seams():
     kernels, seams = results("kernels.json"), results("seams.json")["jobs"]
     (count,) = {len(found["rows"]) for found in kernels.values()}
     (spilled,) = {row["spilled_bytes"] for found in kernels.values() for row in found["rows"]}
-    step = results("h200.json")["programs"]["decode step, tensor=8, batch 8, cache 32768"]
+    programs, loading = results("h200.json")["programs"], results("load.json")["jobs"]
+    step = programs["decode step, tensor=8, batch 8, cache 32768"]
+    four_bits = programs["decode step, one GPU, batch 1, cache 8192, int4"]["bytes_per_device"]["total"]
     largest = max(found["largest_bytes"] for found in step["collectives"].values())
     ratios = (f"{job['ratio']:.2f} ({job['interval'][0]:.2f} to {job['interval'][1]:.2f})" for job in seams)
     return [
@@ -72,6 +83,8 @@ def _figures_of_kernels_and_seams():
         f"{step['kernels']['decode_attention']} calls, {step['bytes_per_device']['total'] / 2**30:.2f} GiB a device, "
         f"largest collective {largest // 1024} KiB",
         f"{' and '.join(ratios)} times the seconds",
+        f"{four_bits / 1e9:.2f} GB in all",
+        " / ".join(f"{job['seconds_per_gib']['ours']:.1f}" for job in loading) + " s a GiB",
     ]
 
 
@@ -99,7 +112,7 @@ def test_figures_are_those_of_the_committed_results():
     assert not re.findall(r"@\w+@", README)
 
 
-FILES = ("parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams")
+FILES = ("parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load")
 
 
 @pytest.mark.parametrize("name", FILES)
