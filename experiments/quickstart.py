@@ -203,7 +203,7 @@ def _train(
                 steps=c.train.steps,
                 metrics=metrics,
                 checkpoints=checkpoints,
-                evaluate=lambda params: {"validation/loss": evaluate_tokens(c.model, params, windows).mean()},
+                evaluate=lambda state: {"validation/loss": evaluate_tokens(c.model, state.params, windows).mean()},
                 log_every=c.train.log_every,
                 evaluate_every=c.train.evaluate_every,
                 save_every=c.train.save_every,

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from jaxfw.core.checkpoint import Checkpoints
-from jaxfw.core.errors import InputError, RunError
+from jaxfw.core.errors import InputError, Preempted, RunError
 from jaxfw.core.log import Metrics
 from jaxfw.data import RandomWindows, consecutive_windows
 from jaxfw.models import DecoderConfig, forward, init
@@ -29,6 +29,7 @@ from jaxfw.train import (
     update,
 )
 from jaxfw.train.optimizer import make_schedule
+from jaxfw.train.step import trained_part, with_frozen
 
 CONFIG = DecoderConfig(
     vocab=32, width=16, ffn=24, layers=2, heads=4, kv_heads=2, head_dim=4, positions=64, qkv_bias=True, out_bias=True
@@ -133,7 +134,7 @@ def test_training_learns_what_can_be_learned():
     assert evaluate_tokens(CONFIG, state.params, held_out).mean() < 0.2
 
 
-def run_loop(folder, steps, *, batches=BATCHES, step=None):
+def run_loop(folder, steps, *, batches=BATCHES, step=None, stops_at=None):
     step = step or make_step(NextTokenLoss(CONFIG), OPTIMIZER)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         state, newest = fresh(), checkpoints.latest_step
@@ -141,8 +142,8 @@ def run_loop(folder, steps, *, batches=BATCHES, step=None):
             state = checkpoints.restore(state)
         with Metrics(folder, resume_at=newest or 0) as metrics:
             state = train(state, step, batches, jax.random.key(7), steps=steps, metrics=metrics,
-                          checkpoints=checkpoints, evaluate=lambda params: {"validation/loss": 1.0}, log_every=2,
-                          evaluate_every=4, save_every=4)  # fmt: skip
+                          checkpoints=checkpoints, evaluate=lambda state: {"validation/loss": 1.0}, log_every=2,
+                          evaluate_every=4, save_every=4, stops_at=stops_at)  # fmt: skip
     return state
 
 
@@ -161,14 +162,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path):
     resumed = run_loop(tmp_path / "stopped", 10, batches=lambda number: seen.append(-number) or BATCHES(number))
     assert seen == [1, 2, 3, 4, 5, 6, 7, -5, -6, -7, -8, -9, -10]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), straight, resumed))
-    texts = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("straight", "stopped")]
-    timed = ("time", "perf/steps_per_s")
-    logged = [
-        [{k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()] for text in texts
-    ]
-    assert logged[0] == logged[1]
-    assert [row["step"] for row in logged[0]] == [2, 4, 6, 8, 10]
-    assert [row["step"] for row in logged[0] if "validation/loss" in row] == [4, 8, 10]
+    written = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("straight", "stopped")]
+    assert written[0] == written[1]
+    rows = [json.loads(line) for line in written[0].splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
+    assert [row["step"] for row in rows if "validation/loss" in row] == [4, 8, 10]
+    timing = [json.loads(line) for line in (tmp_path / "stopped" / "timing.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in timing] == [2, 4, 6, 8, 10]
+    assert all(row["perf/steps_per_s"] > 0 for row in timing)
 
 
 def test_a_finished_run_does_nothing_again(tmp_path):
@@ -180,10 +181,10 @@ def test_a_finished_run_does_nothing_again(tmp_path):
 @pytest.mark.parametrize(
     "spoilt, log_every, save_every, bad_from, kept, message",
     [
-        ("train/loss", 2, 4, 5, 4, "train/loss=nan, train/grad_norm=1.0 between steps 5 and 6"),
-        ("train/loss", 10, 3, 5, 3, "train/loss=nan, train/grad_norm=1.0 between steps 4 and 6"),
-        ("train/grad_norm", 3, 3, 6, 3, "train/loss=1.0, train/grad_norm=nan between steps 4 and 6"),
-        ("train/loss", 10, 10, 2, None, "between steps 1 and 10: .*There is no checkpoint yet"),
+        ("train/loss", 2, 4, 5, 4, r"train/loss=nan, train/grad_norm=1.0 in step 5 \(of steps 5 to 6,"),
+        ("train/loss", 10, 3, 5, 3, r"train/loss=nan, train/grad_norm=1.0 in step 5 \(of steps 4 to 6,"),
+        ("train/grad_norm", 3, 3, 6, 3, r"train/loss=1.0, train/grad_norm=nan in step 6 \(of steps 4 to 6,"),
+        ("train/loss", 10, 10, 2, None, r"in step 2 \(of steps 1 to 10, .*There is no checkpoint yet"),
     ],
 )
 def test_a_run_that_is_not_finite_stops_and_saves_nothing_bad(
@@ -203,6 +204,61 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing_bad(
               log_every=log_every, save_every=save_every)  # fmt: skip
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step == kept
+
+
+def test_the_first_gradient_that_is_not_finite_is_named(tmp_path):
+    """Of steps that are looked at together, the one whose batch makes a leaf's gradient infinite is found."""
+
+    def loss_fn(params, batch, key, *, state):
+        return jnp.sum(params["a"]["w"] ** 2) + jnp.sum(jnp.sqrt(params["b"]["w"] * batch)), Aux({}, state)
+
+    optimizer = optax.sgd(0.0)
+    start = init_state({"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(3)}}, optimizer)
+    with (
+        Metrics(None) as metrics,
+        pytest.raises(RunError, match=r"in step 3 \(of steps 1 to 4, looked at together\), first in that of b/w:"),
+    ):
+        train(start, make_step(loss_fn, optimizer), lambda number: 0.0 if number == 3 else 1.0, jax.random.key(0),
+              steps=4, metrics=metrics, checkpoints=Checkpoints(None), log_every=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6])
+def test_a_run_that_is_told_to_stop_saves_first_and_goes_on_as_if_it_had_not(tmp_path, stop):
+    straight = run_loop(tmp_path / "straight", 8)
+    with pytest.raises(Preempted, match=f"behind step {stop} of 8: step {stop} is saved"):
+        run_loop(tmp_path / "stopped", 8, stops_at=lambda number: number >= stop)
+    with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step == stop
+    resumed = run_loop(tmp_path / "stopped", 8)
+    chex.assert_trees_all_equal(straight, resumed)
+    straight, stopped = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("straight", "stopped"))
+    assert straight == stopped
+
+
+def test_gradients_pass_through_grad_reduce_before_the_optimiser():
+    optimizer = optax.sgd(0.1)
+    start = init_state({"w": jnp.array([1.0, 2.0])}, optimizer, state={"seen": jnp.int32(0)})
+    halved = lambda grads: jax.tree.map(lambda g: g / 2, grads)  # noqa: E731
+    after, metrics = make_step(quadratic, optimizer, grad_reduce=halved)(start, jnp.zeros(2), jax.random.key(0))
+    np.testing.assert_allclose(after.params["w"], [0.95, 1.9], rtol=1e-6)
+    assert float(metrics["train/grad_norm"]) == pytest.approx(math.sqrt(5) / 2)
+
+
+def test_the_step_takes_options_of_the_compiler():
+    start = init_state({"w": jnp.ones(2)}, optax.sgd(0.1), state={"seen": jnp.int32(0)})
+    step = make_step(quadratic, optax.sgd(0.1), compiler_options={"xla_no_such_option": True})
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        step(start, jnp.zeros(2), jax.random.key(0))
+
+
+def test_what_is_frozen_is_in_no_checkpoint(tmp_path):
+    state = with_frozen(init_state({"w": jnp.ones(2)}, OPTIMIZER, state={"seen": jnp.int32(0)}), {"base": jnp.ones(9)})
+    assert set(trained_part(state).state) == {"seen"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, trained_part(state))
+    with Checkpoints(tmp_path) as checkpoints:
+        again = with_frozen(checkpoints.restore(trained_part(state)), {"base": jnp.ones(9)})
+    chex.assert_trees_all_equal(again, state)
 
 
 def test_the_schedule_rises_and_falls():

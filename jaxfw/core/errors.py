@@ -13,6 +13,10 @@ class RunError(RuntimeError):
     """A run failed for a reason that it can name; the launcher prints the message without a traceback."""
 
 
+class Preempted(RuntimeError):
+    """A run was told to stop, saved, and ended early: the same command goes on; the launcher exits with 143."""
+
+
 def unknown(field: str, value: Any, known: Iterable[Any]) -> InputError:
     """The error for a value outside a closed set, with the nearest known one.
 

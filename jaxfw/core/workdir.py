@@ -50,8 +50,13 @@ def open_workdir(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step: a reader sees the old one or the new one. Numbers that JSON lacks become null."""
+    replace_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step: whoever reads or is killed meanwhile leaves the old one or the new one."""
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 
