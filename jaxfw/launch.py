@@ -7,7 +7,10 @@
 `config.experiment` names a module with `run(config, workdir) -> dict`. The workdir receives config.json, env.json and
 what the experiment writes (metrics.jsonl, tb/, checkpoints/, models), then results.json and report.html. The same
 command on the same workdir goes on from the newest checkpoint. Exit codes: 0; 1 when a check or the run fails; 2 when
-what was given cannot be used. --traceback shows where an error came from.
+what was given cannot be used; 143 when SIGTERM came and the run saved first. --traceback shows where an error is from.
+
+Several processes run it together (docs/multi_host.md) on a workdir that all of them see; an experiment that can says so
+by `MANY_PROCESSES = True`.
 """
 
 import difflib
@@ -17,7 +20,8 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,10 +31,12 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxfw.core import runtime
 from jaxfw.core.config import check_override, to_plain
-from jaxfw.core.errors import InputError, RunError, unknown
-from jaxfw.core.workdir import claim, open_workdir, release, write_json
+from jaxfw.core.distributed import FLAGS, barrier, current, finish, join_by_flags
+from jaxfw.core.errors import InputError, Preempted, RunError, unknown
+from jaxfw.core.lost import lost, say_host
+from jaxfw.core.workdir import check_shared, claim, open_workdir, release, write_json
 
-OK, FAILED, UNUSABLE = 0, 1, 2
+OK, FAILED, UNUSABLE, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,15 +46,34 @@ def main(argv: Sequence[str]) -> int:
         return OK
     try:
         config, options = parse(argv)
-        return dry_run(config) if options["dry-run"].value else launch(config, options["workdir"].value)
+        if options["dry-run"].value:
+            return dry_run(config)
+        join_by_flags({name: options[name].value for name in FLAGS})
+        say_host()
+        return launch(config, options["workdir"].value)
     except (InputError, RunError) as error:
         if "--traceback" in argv:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return UNUSABLE if isinstance(error, InputError) else FAILED
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except Exception as error:
+        gone = lost(error)
+        if gone is None:
+            raise
+        if "--traceback" in argv:
+            traceback.print_exc()
+        print(
+            f"error: {current()} lost {gone}, whose own output says why (here: {str(error).splitlines()[0]}). Start all "
+            "of them again with the same command: it goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return FAILED
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
@@ -70,6 +95,8 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=options)
     flags.DEFINE_bool("dry-run", False, "say what would run, and what it takes", flag_values=options)
     flags.DEFINE_bool("traceback", False, "show where an error came from", flag_values=options)
+    for name, what in FLAGS.items():
+        flags.DEFINE_string(name, None, what, flag_values=options)
     try:
         _, *stray = options(words)
     except (flags.Error, TypeError, ValueError) as error:
@@ -141,32 +168,58 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
     return [*last.get("earlier", []), {name: last.get(name) for name in ("started", "command", "commit")}]
 
 
+@contextmanager
+def _shared_workdir(path: str, config: ConfigDict) -> Iterator[Path]:
+    """The folder of the run, held by the first process; the others come when it is claimed."""
+    plain = to_plain(config)
+    if current().is_main:
+        with open_workdir(path) as workdir:
+            claim(workdir, plain)
+            barrier("workdir")
+            yield workdir
+    else:
+        barrier("workdir")
+        check_shared(Path(path), plain)
+        yield Path(path)
+
+
 def launch(config: ConfigDict, path: str | None) -> int:
     """Run in a workdir that nobody else uses, and leave its files there."""
     if not path:
         raise InputError("--workdir is missing: name a folder for the run, as in --workdir=runs/quickstart.")
     experiment = _experiment(config)
-    with open_workdir(path) as workdir:
-        claim(workdir, to_plain(config))
+    if current().count > 1 and not getattr(experiment, "MANY_PROCESSES", False):
+        raise InputError(
+            f"config.experiment={config.experiment!r} runs in one process, {current().count} were started: start one."
+        )
+    with _shared_workdir(path, config) as workdir:
         runtime.enable_compilation_cache()
         environment = runtime.environment() | {"earlier": _earlier(workdir / "env.json")}
-        write_json(workdir / "env.json", environment)
+        if current().is_main:
+            write_json(workdir / "env.json", environment)
         try:
             result = experiment.run(config, workdir)
         except InputError:
-            release(workdir)
+            if current().is_main:
+                release(workdir)
             raise
-        page = result.pop("report", {"title": config.experiment})
-        write_json(workdir / "results.json", result | {"environment": environment})
-        from jaxfw.report import write_report
-
-        report = write_report(workdir / "report.html", checks=result["checks"], config=to_plain(config),
-                              environment=environment, **page)  # fmt: skip
-    for check in result["checks"]:
-        print(f"{'ok    ' if check['ok'] else 'FAILED'} {check['name']}: {check['value']} (bound {check['bound']})")
-    print(f"report: {os.path.relpath(report)}")
+        if current().is_main:
+            _leave_results(config, workdir, result, environment)
+        barrier("results")
     return OK if all(check["ok"] for check in result["checks"]) else FAILED
 
 
+def _leave_results(config: ConfigDict, workdir: Path, result: dict[str, Any], environment: dict[str, Any]) -> None:
+    page = result.pop("report", {"title": config.experiment})
+    write_json(workdir / "results.json", result | {"environment": environment})
+    from jaxfw.report import write_report
+
+    report = write_report(workdir / "report.html", checks=result["checks"], config=to_plain(config),
+                          environment=environment, **page)  # fmt: skip
+    for check in result["checks"]:
+        print(f"{'ok    ' if check['ok'] else 'FAILED'} {check['name']}: {check['value']} (bound {check['bound']})")
+    print(f"report: {os.path.relpath(report)}")
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(finish(main(sys.argv)))

@@ -75,6 +75,21 @@ def release(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+def check_shared(folder: Path, config: Mapping[str, Any]) -> None:
+    """What the first process claimed, as another of the run sees it.
+
+    Raises:
+        InputError: the folder is not the same one here, or this process was given another configuration.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"--workdir={folder} is not the folder that the first process writes to: give one on a file system that "
+            "all machines share."
+        )
+    claim(folder, config)
+
+
 def claim(folder: Path, config: Mapping[str, Any]) -> None:
     """Write `config.json` into an empty folder, or check that the run in it has the same configuration.
 
