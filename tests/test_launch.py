@@ -87,6 +87,7 @@ def test_the_main_job_leaves_plain_files(finished):
         "config.json",
         "env.json",
         "metrics.jsonl",
+        "timing.jsonl",
         "tb",
         "checkpoints",
         "results.json",

@@ -63,6 +63,22 @@ def test_a_barrier_names_who_is_late():
 
 
 @pytest.mark.slow
+def test_sigterm_at_one_process_stops_both_at_one_step():
+    port = free_port()
+    ended = start("told", [ours(index, port) for index in range(COUNT)])
+    assert [one.code for one in ended] == [0, 0], [one.err[-2000:] for one in ended]
+    steps = [json.loads(one.out.splitlines()[-1])["stopped"] for one in ended]
+    assert steps[0] == steps[1] >= 20
+
+
+@pytest.mark.slow
+def test_the_process_that_is_left_says_who_is_gone():
+    port = free_port()
+    main, _ = start("loses", [ours(index, port) for index in range(COUNT)], timeout=60)
+    assert main.code != 0 and main.seconds < 60
+    assert re.search(r"lost: process 1 on \S+; of a ValueError: None", main.err), main.err
+
+
 def test_a_killed_process_ends_the_other():
     port = free_port()
     main, other = start("killed", [ours(index, port) for index in range(COUNT)], timeout=40)

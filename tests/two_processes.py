@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":  # whatever imports this (doctests, other tests) keeps its own devices
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-from jaxfw.core.distributed import barrier, current, join, join_by_flags
+from jaxfw.core.distributed import barrier, current, finish, join, join_by_flags
 
 HEARTBEAT = 5
 
@@ -58,6 +58,40 @@ def killed():
         total()
 
 
+def told():
+    """SIGTERM comes to process 1 only, in the middle of sums over both: which step each ends with."""
+    processes = join(heartbeat=HEARTBEAT)
+    from jaxfw.core.preemption import Preemption
+
+    total, step = _sum_over_all(), 0
+    with Preemption() as preemption:
+        while step == 0 or not preemption.stops_at(step):
+            step += 1
+            total()
+            if step == 20 and not processes.is_main:
+                os.kill(os.getpid(), signal.SIGTERM)
+    barrier("stopped")
+    print(json.dumps({"stopped": step}))
+
+
+def loses():
+    """Process 1 dies, process 0 says who is gone."""
+    processes = join(heartbeat=30)
+    from jaxfw.core.lost import lost, say_host
+
+    say_host()
+    total = _sum_over_all()
+    total()
+    if not processes.is_main:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        while True:
+            total()
+    except Exception as error:
+        sys.stderr.write(f"lost: {lost(error)}; of a ValueError: {lost(ValueError('of this process'))}\n")
+        sys.exit(finish(1))
+
+
 def raises():
     """Process 1 fails, process 0 waits for it."""
     processes = join(heartbeat=HEARTBEAT)
@@ -94,4 +128,4 @@ def parity(out):
 
 
 if __name__ == "__main__":
-    {case.__name__: case for case in (joined, late, killed, raises, parity)}[sys.argv[1]](*sys.argv[2:])
+    {case.__name__: case for case in (joined, late, killed, told, loses, raises, parity)}[sys.argv[1]](*sys.argv[2:])

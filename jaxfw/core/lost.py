@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxfw.core.distributed import current
 
-ANSWER_SECONDS = 5.0
+ANSWER_SECONDS = 3.0
 _BETWEEN_PROCESSES = re.compile(
     r"gloo|nccl|peer|socket|connection|heartbeat|unavailable|deadline_exceeded|coordination|barrier", re.IGNORECASE
 )

@@ -2,27 +2,32 @@
 
 import signal
 import threading
-import time
 from types import FrameType, TracebackType
 from typing import Any
 
 from jaxfw.core.distributed import JOIN_SECONDS, current
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 NOTICE = "jaxfw/preempted/"
+_TOLD, _AT = f"{NOTICE}told", f"{NOTICE}at/"
 
 
 class Preemption:
     """While the context lasts, SIGTERM does not end the process: `stops_at(step)` says when to save and leave.
 
-    Of several processes, one that was told is enough: all stop at the same step. Every process must then ask at every
-    step, with the same numbers.
+    Of several processes, one that was told is enough: all stop at the same step. Every process must then ask behind
+    every step, with the same numbers. A thread of each finds out that one was told, says which step its process asked
+    about last, and waits for the others to say it; they stop behind the step after the furthest. The main thread may
+    meanwhile wait for the other processes in the middle of a step: it is not needed for the agreement.
     """
 
     def __init__(self) -> None:
         self._told = False
+        self._asked = 0
         self._last: int | None = None
-        self._polled = 0.0
+        self._agreeing = threading.Lock()
+        self._ended = threading.Event()
+        self._watch: threading.Thread | None = None
         self._before: Any = None
         self._catches = False
 
@@ -30,43 +35,46 @@ class Preemption:
         """Whether the run ends with this step, which every process answers alike."""
         if current().count == 1:
             return self._told
-        if self._last is None and self._is_known():
-            self._last = _agree(step)
-        return self._last is not None and step >= self._last
-
-    def _is_known(self) -> bool:
-        """Whether any process was told: asked of the coordinator, once in a while."""
-        client = _client()
-        if self._told:
-            client.key_value_set(f"{NOTICE}told", "yes", allow_overwrite=True)
-            return True
-        if time.monotonic() - self._polled < POLL_SECONDS:
-            return False
-        self._polled = time.monotonic()
-        return any(key.endswith("told") for key, _ in client.key_value_dir_get(NOTICE))
+        with self._agreeing:
+            self._asked = step
+            return self._last is not None and step >= self._last
 
     def _tell(self, number: int, frame: FrameType | None) -> None:
         self._told = True
+
+    def _watch_notices(self) -> None:
+        client = _client()
+        while not self._ended.wait(POLL_SECONDS):
+            if self._told:
+                client.key_value_set(_TOLD, "yes", allow_overwrite=True)
+            elif not client.key_value_dir_get(NOTICE):
+                continue
+            with self._agreeing:
+                self._last = _furthest(client, self._asked) + 1
+            return
 
     def __enter__(self) -> "Preemption":
         self._catches = threading.current_thread() is threading.main_thread()
         if self._catches:
             self._before = signal.signal(signal.SIGTERM, self._tell)
+        if current().count > 1:
+            self._watch = threading.Thread(target=self._watch_notices, name="preemption", daemon=True)
+            self._watch.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        if self._watch is not None and error is None:
+            self._watch.join(timeout=5 * POLL_SECONDS)  # it may wait for those that were done before they were told
         if self._catches:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
-def _agree(step: int) -> int:
-    """The furthest step that any process is at: nobody has begun a later one, as all wait here for each other."""
-    client, processes = _client(), current()
-    client.key_value_set(f"{NOTICE}at/{processes.index}", str(step))
-    wait = int(JOIN_SECONDS * 1000)
-    return max(int(client.blocking_key_value_get(f"{NOTICE}at/{i}", wait)) for i in range(processes.count))
+def _furthest(client: Any, asked: int) -> int:
+    """The furthest step that any process has asked about; none asks on before all have said theirs."""
+    processes, wait = current(), int(JOIN_SECONDS * 1000)
+    client.key_value_set(f"{_AT}{processes.index}", str(asked))
+    return max(int(client.blocking_key_value_get(f"{_AT}{i}", wait)) for i in range(processes.count))
 
 
 def _client() -> Any:
