@@ -69,8 +69,8 @@ def main(argv: Sequence[str]) -> int:
         if "--traceback" in argv:
             traceback.print_exc()
         print(
-            f"error: {current()} lost {gone}, whose own output says why (here: {str(error).splitlines()[0]}). Start all "
-            "of them again with the same command: it goes on from the newest checkpoint.",
+            f"error: {current()} lost {gone}, whose own output says why (here: {str(error).splitlines()[0]}). Start "
+            "all of them again with the same command: it goes on from the newest checkpoint.",
             file=sys.stderr,
         )
         return FAILED

@@ -73,6 +73,8 @@ def flipped(attributes, key):
         kinds = ["sliding_attention", "full_attention"] * (attributes["num_hidden_layers"] // 2)
         return attributes | {key: kinds, "use_sliding_window": True, "sliding_window": 512}
     needed = {"use_sliding_window": {"sliding_window": 512, "max_window_layers": 1}}.get(key, {})
+    if key == "rope_parameters":  # the older layout beside it must say the same
+        attributes = {name: value for name, value in attributes.items() if name not in ("rope_theta", "rope_scaling")}
     value = attributes.get(key)
     is_number = type(value) in (int, float) and key != "num_key_value_heads"
     return attributes | {key: 2 * value if is_number else OTHER[key]} | needed
@@ -124,6 +126,19 @@ def test_which_layers_of_qwen_have_windows(published, changes, window, full):
     assert read(written) == config
     if full == tuple(range(len(full))):  # older libraries know only where windows begin
         assert read({key: value for key, value in written.items() if key != "layer_types"}) == config
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling=.*and rope_parameters=.*disagree"),
+    ({"rope_scaling": {"rope_type": "yarnn", "factor": 2.0}}, "rope_type='yarnn' is unknown"),
+    ({"rope_theta": 500.0}, "rope_theta=500 and rope_parameters.rope_theta=10000 disagree"),
+])  # fmt: skip
+def test_the_two_layouts_of_rope_must_not_disagree(changes, message):
+    """What somebody edits in the file that `save` wrote, which holds both."""
+    written = write("llama", read(next(iter(PUBLISHED.values())) | {"rope_theta": 10000.0, "rope_scaling": None}))
+    read(written)
+    with pytest.raises(InputError, match=message):
+        read(written | changes)
 
 
 def test_irrelevant_attributes_change_nothing():
@@ -204,7 +219,7 @@ def test_what_may_be_absent_has_the_defaults_of_the_family():
     (MISTRAL_7B_V01, {"attention_bias": True}, "attention_bias=True"),
     (LLAMA_2_7B, {"sliding_window": 4096}, "sliding_window=4096 .*model_type 'mistral'"),
     (GPT_2, {"activation_function": "relu"}, "activation_function='relu' is unknown.*gelu_new"),
-    (GPT_2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True .only False"),
+    (GPT_2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True .built is False"),
     (GPT_2, {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
     (GPT_2, {"n_embd": "768"}, "n_embd='768' must be a whole number: write it without quotes"),
     (GPT_2, {"rope_theta": 10000.0}, "rope_theta=10000.0"),

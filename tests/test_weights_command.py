@@ -40,13 +40,13 @@ def test_inspect(saved, capsys):
     assert "loads       yes" in out and "missing" not in out
 
 
-def test_inspect_says_what_keeps_it_from_loading_and_does_not_fail(saved, capsys):
+def test_inspect_says_what_keeps_it_from_loading_and_fails(saved, capsys):
     buffer = "model.layers.1.self_attn.rotary_emb.inv_freq"
     rewrite(
         saved, lambda t: {k: v for k, v in t.items() if k != DOWN} | {"odd": t[DOWN], buffer: np.ones(4, np.float32)}
     )
     code, out = said(capsys, "inspect", saved)
-    assert code == 0 and f"loads       no: missing: {DOWN}; unexpected: odd" in out
+    assert code == 1 and f"loads       no: missing: {DOWN}; unexpected: odd" in out
     assert f"missing (1):\n  {DOWN}" in out and "unexpected (1):\n  odd" in out and f"ignored (1):\n  {buffer}" in out
 
 

@@ -160,7 +160,7 @@ def test_no_config(saved):
     [
         ({"foo_scale": 3}, ["foo_scale=3", "remove them from config.json"]),
         ({"model_type": "lama"}, ["model_type='lama' is unknown", "Known: llama", "Did you mean 'llama'?"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "only 'silu' is supported"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "built is 'silu'"]),
         ({"sliding_window": 4096}, ["sliding_window=4096", "has model_type 'mistral'"]),
         ({"num_hidden_layers": None}, ["lacks 'num_hidden_layers'", "complete?"]),
         ({"num_key_value_heads": 3}, ["model.heads=4 must be a multiple of model.kv_heads=3"]),
@@ -212,7 +212,7 @@ def test_numbers_that_mean_the_same_are_taken(saved):
     config = load_config(saved)
     assert config == expected and type(config.width) is int
     rope = {"rope_type": "linear", "factor": 4, "rope_theta": 500}
-    set_attributes(saved, rope_parameters=rope, rms_norm_eps=1)
+    set_attributes(saved, rope_parameters=rope, rope_scaling=rope, rope_theta=500, rms_norm_eps=1)
     config = load_config(saved)
     assert (config.rope, config.norm_eps) == (Rope(kind="linear", factor=4.0, theta=500.0), 1.0)
     assert type(config.rope.theta) is type(config.norm_eps) is float

@@ -77,7 +77,7 @@ def resolve(given: Found, environ: Mapping[str, str], *, devices: tuple[int, ...
         raise InputError(
             f"process id {number} ({by}) must be in 0 to {count - 1}: there are {count} processes ({said})."
         )
-    host, port = split_address(*coordinator)
+    host, port = split_address(coordinator[0], "coordinator" if coordinator[1] == given.source else coordinator[1])
     launcher = sources[-1]
     return Processes(number, count, f"{host}:{port}", devices if devices is not None else _share(launcher, environ),
                      launcher.source or by)  # fmt: skip

@@ -47,7 +47,7 @@ def make_mesh(
     if abstract.size != len(devices):
         raise InputError(
             f"mesh {_say(abstract.shape)} needs {abstract.size} devices, there are {len(devices)}: "
-            f"choose sizes whose product is {len(devices)}, or pass as many devices."
+            f"choose sizes whose product is {len(devices)} (data= takes the rest), or name those to use by devices=."
         )
     array = np.asarray(devices, dtype=object).reshape(abstract.axis_sizes)
     return Mesh(array, abstract.axis_names, axis_types=abstract.axis_types)

@@ -12,6 +12,7 @@ JSON object a text. Exit codes: 0; 1 when the run fails; 2 when what was given c
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import jax
 from jaxfw.core import runtime
 from jaxfw.core.distributed import FLAGS, finish, join_by_flags
 from jaxfw.core.errors import InputError, RunError, unknown
+from jaxfw.core.launchers import Processes
 from jaxfw.core.mesh import make_mesh, parse_mesh
 from jaxfw.generate.lm import LM, load
 from jaxfw.generate.options import Answer
@@ -106,12 +108,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Load the model, generate, and print."""
+    sizes = None if options.mesh is None else parse_mesh(options.mesh)
     processes = join_by_flags({name: getattr(options, name.replace("-", "_")) for name in FLAGS})
     if processes.count > 1 and options.mesh is None:
         raise InputError(f"--mesh is missing: {processes.count} processes share a model by it, as in --mesh=tensor=2.")
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
     runtime.enable_compilation_cache()
-    mesh = None if options.mesh is None else make_mesh(**parse_mesh(options.mesh))  # pyright: ignore[reportArgumentType]
+    mesh = None if sizes is None else make_mesh(**sizes, devices=_devices(sizes, processes))  # pyright: ignore[reportArgumentType]
     lm = load(options.model, mesh=mesh, param_dtype=options.dtype, dtype=options.dtype, quantise=options.quantise)
     is_shown = processes.is_main
     streams = is_shown and not options.json and len(prompts) == options.n == 1
@@ -121,6 +124,11 @@ def run(options: argparse.Namespace) -> int:
     elif is_shown:
         _show(prompts, answers, options.json)
     return OK
+
+
+def _devices(sizes: dict[str, int], processes: Processes) -> list[Any]:
+    """As many of this machine's as the mesh asks for; of several processes, all."""
+    return jax.devices()[: None if processes.count > 1 else math.prod(sizes.values())]
 
 
 def _generated(lm: LM, prompts: list[str], options: argparse.Namespace, streams: bool) -> list[list[Answer]]:

@@ -178,6 +178,8 @@ class LM:
             return read_prefix(self.config, self.params, ids, key=key, text=text, **values)
 
     def _encode(self, text: str, prefix: Prefix | None) -> list[int]:
+        if not isinstance(prefix, Prefix | None):
+            raise InputError(f"prefix={prefix!r:.60} must be what m.prefix(text) returns: it is read once there.")
         if prefix is None:
             return self.tokenizer.encode(text)
         size, joined = len(prefix.tokens), self.tokenizer.encode(prefix.text + text)
@@ -303,6 +305,8 @@ def load(
     Raises:
         InputError: whatever is missing, damaged or not understood, by file and name.
     """
+    if not isinstance(mesh, Mesh | None):
+        raise InputError(f"mesh={mesh!r:.60} must be a mesh: jaxfw.core.mesh.make_mesh(tensor=2), say.")
     directory = Path(directory)
     if (directory / "model" / "config.json").is_file():
         raise InputError(f"{directory} is the workdir of a run: its model is in {directory / 'model'}.")

@@ -1,9 +1,10 @@
-"""Whether what a forward is given fits together: shapes and kinds, never values (they may be traced)."""
+"""Whether what a forward is given fits together: shapes and kinds, and of tokens that are not traced, their values."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import PyTree
@@ -11,16 +12,34 @@ from jaxfw.models.decoder import attention_spec, default_router, router_states
 from jaxfw.nn.config import DecoderConfig
 
 
-def check_tokens(tokens: Any, lengths: Any, unit_id: Any) -> None:
-    """Raise an `InputError` unless these are integer arrays [B T], [B] and [B T] (the last two may be None)."""
+def check_tokens(config: DecoderConfig, tokens: Any, lengths: Any, unit_id: Any) -> None:
+    """Raise an `InputError` unless these are integer arrays [B T], [B] and [B T] (the last two may be None).
+
+    Tokens that are no traced values must be of the vocabulary: under jit, one beyond it makes the row's logits NaN.
+    """
+    if not isinstance(config, DecoderConfig):
+        raise InputError(f"config={type(config).__name__} must be a DecoderConfig: forward(config, params, tokens).")
     _check_integers("tokens", tokens, None, "token ids [B T]; one row is tokens[None]")
     B, T = tokens.shape
     if not B * T:
         raise InputError(f"tokens has shape {tokens.shape}: give at least one token.")
+    if not isinstance(tokens, Tracer):
+        _check_vocabulary(config, tokens)
     if lengths is not None:
         _check_integers("lengths", lengths, (B,), f"a number of valid tokens for each of {B} rows")
     if unit_id is not None:
         _check_integers("unit_id", unit_id, (B, T), f"a number for each of the tokens [{B} {T}], -1 for none")
+
+
+def _check_vocabulary(config: DecoderConfig, tokens: Any) -> None:
+    if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
+        return
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= config.vocab:
+        odd = least if least < 0 else most
+        raise InputError(
+            f"tokens holds {odd}, the model's vocabulary 0 to {config.vocab - 1}: use the tokenizer of this model."
+        )
 
 
 def _check_integers(name: str, x: Any, shape: tuple[int, ...] | None, wanted: str) -> None:

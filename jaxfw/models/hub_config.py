@@ -113,7 +113,7 @@ def check_attributes(
 
     `irrelevant` and `neutral` are the family's own additions to `IRRELEVANT` and `NEUTRAL`.
     """
-    refused, known = [], NEUTRAL | dict(neutral or {})
+    unread, refused, known = [], [], NEUTRAL | dict(neutral or {})
     for name, value in sorted(attributes.items()):
         if name in used or name in IRRELEVANT or name in irrelevant or value is None:
             continue
@@ -121,14 +121,24 @@ def check_attributes(
             values = known[name] if isinstance(known[name], tuple) else (known[name],)
             if value in values:
                 continue
-            refused.append(f"{name}={value!r} (only {values[0]!r} is supported)")
+            refused.append(f"{name}={value!r} (built is {values[0]!r})")
+        elif name in REMEDIES:
+            refused.append(f"{name}={value!r} ({REMEDIES[name]})")
         else:
-            refused.append(f"{name}={value!r}" + (f" ({REMEDIES[name]})" if name in REMEDIES else ""))
+            unread.append(f"{name}={value!r}")
+    said = []
     if refused:
-        raise InputError(
-            f"config.json has attributes that this family does not read: {'; '.join(refused)}. They may change what "
-            "the model computes. If they do not, remove them from config.json."
+        said.append(
+            f"config.json asks for what this family does not do: {'; '.join(refused)}. Without it the model would "
+            "compute something else, so leave it there, and take a checkpoint or a family that has what is built."
         )
+    if unread:
+        said.append(
+            f"config.json has attributes that this family does not read: {'; '.join(unread)}. They may change what the "
+            "model computes. If they do not, remove them from config.json."
+        )
+    if said:
+        raise InputError(" ".join(said))
 
 
 def attribute(
@@ -269,10 +279,26 @@ def write_attention_bias(config: DecoderConfig) -> dict[str, bool]:
 
 
 def read_rope(attributes: Mapping[str, Any], positions: int) -> Rope:
-    """The rotary embedding from either layout; `rope_parameters` (v5) wins where both are present."""
-    scaling = _rope_scaling(attributes)
+    """The rotary embedding from either layout; where both are present, they must say the same."""
+    older, newer = (_rope_object(attributes, name) for name in ("rope_scaling", "rope_parameters"))
     theta = attribute(attributes, "rope_theta", float, 10000.0)
-    theta = attribute(scaling, "rope_theta", float, theta, where="config.json: rope_parameters")
+    if not newer:
+        return _rope(older, theta, positions)
+    rope = _rope(newer, attribute(newer, "rope_theta", float, theta, where="config.json: rope_parameters"), positions)
+    if older and _rope(older, theta if "rope_theta" in attributes else rope.theta, positions) != rope:
+        raise InputError(
+            f"config.json: rope_scaling={older} and rope_parameters={newer} disagree, and libraries differ in which "
+            "they read: write the same into both, or remove one."
+        )
+    if attributes.get("rope_theta") is not None and theta != rope.theta:
+        raise InputError(
+            f"config.json: rope_theta={theta:g} and rope_parameters.rope_theta={rope.theta:g} disagree, and libraries "
+            "differ in which they read: write the same into both, or remove one."
+        )
+    return rope
+
+
+def _rope(scaling: Mapping[str, Any], theta: float, positions: int) -> Rope:
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("config.json: rope_parameters.partial_rotary_factor must be 1.0 in this family.")
@@ -298,18 +324,15 @@ def read_rope(attributes: Mapping[str, Any], positions: int) -> Rope:
     return Rope(theta=theta, kind=kind, **fields)
 
 
-def _rope_scaling(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of rotary embedding in one object, without its nulls."""
-    for name in ("rope_parameters", "rope_scaling"):
-        scaling = attributes.get(name)
-        if scaling is not None and not isinstance(scaling, dict):
-            raise InputError(
-                f"config.json: {name}={scaling!r:.80} must be an object or null: "
-                '{"rope_type": "linear", "factor": 2.0}, say.'
-            )
-        if scaling:
-            return {name: value for name, value in scaling.items() if value is not None}
-    return {}
+def _rope_object(attributes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What one attribute says of rotary embedding, without its nulls."""
+    scaling = attributes.get(name)
+    if scaling is not None and not isinstance(scaling, dict):
+        raise InputError(
+            f"config.json: {name}={scaling!r:.80} must be an object or null: "
+            '{"rope_type": "linear", "factor": 2.0}, say.'
+        )
+    return {name: value for name, value in (scaling or {}).items() if value is not None}
 
 
 def write_rope(rope: Rope | None) -> dict[str, Any]:

@@ -22,8 +22,9 @@ IGNORED_TENSORS = ROTARY_BUFFERS
 USED = DECODER_ATTRIBUTES | {"num_experts_per_tok", "num_local_experts", "sliding_window"}
 DEFAULTS = {
     "max_position_embeddings": 131072, "num_experts_per_tok": 2, "num_key_value_heads": 8, "num_local_experts": 8,
-    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,
+    "rms_norm_eps": 1e-5, "sliding_window": None,
 }  # fmt: skip
+THETA = {"rope_theta": 1e6}
 
 _NAMES = ExpertNames(
     router="block_sparse_moe.gate",
@@ -35,7 +36,7 @@ _NAMES = ExpertNames(
 def read_config(attributes: Mapping[str, Any], **dtypes: str) -> DecoderConfig:
     """A published config.json as a `DecoderConfig`; `dtypes` are its param_dtype, dtype and softmax_dtype."""
     check_attributes(attributes, USED)
-    attributes = DEFAULTS | dict(attributes)
+    attributes = DEFAULTS | ({} if attributes.get("rope_parameters") else THETA) | dict(attributes)
     moe = MoEConfig(
         experts=attribute(attributes, "num_local_experts", int),
         per_token=attribute(attributes, "num_experts_per_tok", int),

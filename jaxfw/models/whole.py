@@ -211,7 +211,7 @@ def forward(
         key: for policies that draw and, without a cache, for routers that do; one, or one a row.
         run_layer: stands in for `layer`: `remat_layer`, for instance.
     """
-    check_tokens(tokens, lengths, unit_id)
+    check_tokens(config, tokens, lengths, unit_id)
     B, T = tokens.shape
     tap.validate(config, taps, B, T)
     step = first_step(jnp.full(B, T, jnp.int32) if lengths is None else lengths, T)

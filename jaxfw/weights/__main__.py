@@ -4,7 +4,8 @@
     python -m jaxfw.weights verify DIR [--write]
     python -m jaxfw.weights export SOURCE TARGET [--param-dtype=bfloat16] [--shard-bytes=5000000000]
 
-inspect: family, configuration, tensors, what is missing or would be ignored, bytes of each device of a mesh. verify:
+inspect: family, configuration, tensors, what is missing or would be ignored, bytes of each device of a mesh; fails
+where it would not load. verify:
 sums against SHA256SUMS, structure, numbers that are not finite; --write makes SHA256SUMS. export: a model directory, or
 a workdir's model, to a new directory. Exit codes: 0; 1 when a check or the export fails; 2 when what was given cannot
 be used. --traceback shows where an error came from.
@@ -77,13 +78,13 @@ def _stay_off_accelerators() -> None:
 def _inspect(options: argparse.Namespace) -> int:
     from jaxfw.core.mesh import parse_mesh
     from jaxfw.ops.quant import bits_of
-    from jaxfw.weights.inspection import describe
+    from jaxfw.weights.inspection import describe, loads
 
     mesh = None if options.mesh is None else parse_mesh(options.mesh)
     if options.quantise is not None:
         bits_of(options.quantise)
     print(describe(options.directory, mesh=mesh, quantise=options.quantise))
-    return OK
+    return OK if loads(options.directory) else FAILED
 
 
 def _verify(options: argparse.Namespace) -> int:

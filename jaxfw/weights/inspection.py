@@ -15,6 +15,7 @@ from jaxfw.models.sharding import decoder_rules
 from jaxfw.weights import layout, tensors
 from jaxfw.weights.arrays import abstract_params
 from jaxfw.weights.directory import Opened, open_directory
+from jaxfw.weights.exporting import model_folder
 
 SUMS = "SHA256SUMS"
 
@@ -23,11 +24,11 @@ def describe(directory: str | Path, *, mesh: dict[str, int] | None = None, quant
     """Family, configuration, sizes, every tensor, and what is missing, unexpected or ignored; for people to read.
 
     Args:
-        directory: as of `load`.
+        directory: as of `load`, or a workdir with a model.
         mesh: sizes of mesh axes: adds the table of what each device would hold.
         quantise: as of `load`, for that table and the bytes.
     """
-    opened = open_directory(directory)
+    opened = open_directory(model_folder(Path(directory)))
     lines = [*_summary(opened, quantise), "", *_tensor_table(opened)]
     for kind in ("missing", "unexpected", "misshaped", "odd_dtypes", "ignored"):
         found = getattr(opened.difference, kind)
@@ -36,6 +37,11 @@ def describe(directory: str | Path, *, mesh: dict[str, int] | None = None, quant
         shapes = abstract_params(opened.config, quantise=quantise)
         lines += ["", str(table(decoder_rules(opened.config), abstract_mesh(**mesh), shapes))]
     return "\n".join(lines)
+
+
+def loads(directory: str | Path) -> bool:
+    """Whether the tensors of a directory, or of a workdir's model, are those that its config.json asks for."""
+    return not open_directory(model_folder(Path(directory))).difference.problems
 
 
 def _summary(opened: Opened, quantise: str | None) -> list[str]:
@@ -75,7 +81,7 @@ def verify(directory: str | Path) -> Iterator[Finding]:
     Raises:
         InputError: there is nothing that could be looked at: no directory, no config.json, an unknown family.
     """
-    directory = Path(directory)
+    directory = model_folder(Path(directory))
     try:
         opened = open_directory(directory)
     except InputError as error:

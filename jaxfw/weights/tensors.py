@@ -124,7 +124,10 @@ def locate(directory: Path) -> dict[str, Header]:
                 raise InputError(f"{directory / shard} lacks {few(absent)}, which {INDEX} places there.")
             found |= {name: here[name] for name in names}
         return found
-    raise InputError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
+    shards = few(sorted(path.name for path in directory.glob("*.safetensors")), most=3)
+    beside = f"It holds {shards}: download the index that belongs to them" if shards else "Download the model's files"
+    how = "`hf download ID --local-dir DIR`"
+    raise InputError(f"{directory} holds neither {SINGLE} nor {INDEX}. {beside}, as by {how}.")
 
 
 def renamed(found: Mapping[str, Header], aliases: Sequence[tuple[str, str]]) -> dict[str, Header]:
