@@ -1,7 +1,7 @@
 """An exponential moving average of the parameters, kept in the optimiser's state.
 
 The last link of a chain sees the updates as they will be added, so it knows the parameters that come next. The average
-lies on a mesh and in a checkpoint as the parameters do, in float32: a step of one part in a thousand is lost in bfloat16.
+lies on a mesh and in a checkpoint as the parameters do, in float32: bfloat16 loses a step of one part in a thousand.
 """
 
 from typing import Any, NamedTuple
@@ -27,13 +27,13 @@ def average_params(decay: float) -> optax.GradientTransformation:
     So the parameters before the first update are forgotten with it, as in a bias-corrected average (Kingma & Ba 2015).
     """
 
-    def init(params: PyTree) -> AverageState:
+    def init(params: PyTree) -> optax.OptState:
         # Copies: a step donates its state, and cannot donate a buffer twice.
         return AverageState(jnp.int32(0), jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params))
 
-    def update(updates: PyTree, state: AverageState, params: PyTree | None = None) -> tuple[PyTree, AverageState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
         assert params is not None
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         share = (1 - decay) / (1 - jnp.float32(decay) ** count)
         after = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda old, x: old + share * (x.astype(jnp.float32) - old), state.average, after)

@@ -7,6 +7,7 @@ Everything is a chain of optax transformations, so that its state lies on a mesh
 
 import dataclasses
 import re
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def _axes(name: str, x: jax.Array) -> int:
     return x.ndim - name.startswith("layers/")
 
 
-def _name(path: tuple) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -178,9 +179,9 @@ def _muon(momentum: float) -> optax.GradientTransformation:
 
     inner = optax.contrib.scale_by_muon(_NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=dimensions)
 
-    # optax keeps the coefficients in its state, where they would need a layout on meshes and be restored from checkpoints.
+    # optax keeps the coefficients in its state: there they would need a layout on meshes and come from checkpoints.
     def init(params: PyTree) -> optax.OptState:
-        return inner.init(params)._replace(ns_coeffs=())
+        return cast(optax.contrib.MuonState, inner.init(params))._replace(ns_coeffs=())
 
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
         updates, state = inner.update(updates, state._replace(ns_coeffs=jnp.asarray(_NEWTON_SCHULZ)), params)
