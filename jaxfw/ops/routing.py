@@ -113,6 +113,25 @@ def balance_loss(probs: Float[Array, "B T E"], ids: Int[Array, "B T k"], valid: 
     return E * jnp.sum(masked_mean(probs, valid) * share)
 
 
+def importance(probs: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, "E"]:
+    """Each expert's sum of probabilities over valid tokens (Shazeer et al. 2017, arXiv:1701.06538)."""
+    return jnp.sum(jnp.where(valid[..., None], probs, 0), axis=(0, 1))
+
+
+def joint_balance_loss(importance: Float[Array, "L E"], load: Float[Array, "L E"]) -> Float[Array, ""]:
+    """E times the sum over experts of mean probability times choices a token, both over the tokens of all layers.
+
+    transformers' `load_balancing_loss_func`, with which Mixtral, Qwen-MoE and OLMoE are fine-tuned there: k where all
+    is even. Only the experts' loads summed over layers matter to it: a layer that sends all tokens to expert 0 and one
+    that sends them all to expert 1 balance each other, which `balance_loss`, layer by layer, does not let pass.
+    """
+    E = load.shape[-1]
+    total, given = jnp.sum(importance, axis=0), jnp.sum(load, axis=0)
+    # The probabilities of a token sum to 1, those of all to their number.
+    tokens = jax.lax.stop_gradient(jnp.maximum(jnp.round(jnp.sum(total)), 1))
+    return E * jnp.sum(total / tokens * (given / tokens))
+
+
 def z_loss(logits: Float[Array, "B T E"], valid: Bool[Array, "B T"]) -> Float[Array, ""]:
     """Mean of logsumexp(logits)^2, which keeps logits small (Zoph et al. 2022, arXiv:2202.08906)."""
     return masked_mean(jax.nn.logsumexp(logits, axis=-1) ** 2, valid)

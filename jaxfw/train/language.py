@@ -12,6 +12,7 @@ from jaxfw.core.errors import unknown
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models import DecoderConfig, Output, forward, router_states
 from jaxfw.models.routing import Experts, Router
+from jaxfw.ops import routing
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.train.step import Aux
 
@@ -22,8 +23,16 @@ ROUTERS = "routers"  # where a training state keeps the routers' own
 class NextTokenLoss:
     """Mean negative log-likelihood in nats of every token but the first of each window; a `LossFn`.
 
-    A model with experts adds `weight` x the mean over its layers of each router loss in `router_losses`, pairs of name
-    and weight such as ("balance", 0.01), and logs all of them and the experts' metrics as means over layers.
+    A model with experts adds `weight` x each router loss in `router_losses`, pairs of name and weight such as
+    ("balance", 0.01), and logs all of them and the experts' metrics as means over layers:
+
+    | name | of `TokenChoice` |
+    |---|---|
+    | "balance" | mean over layers of each layer's own balance (`routing.balance_loss`); 1 where loads are even |
+    | "joint_balance" | balance of sums over layers (`routing.joint_balance_loss`); `per_token` where those are even |
+    | "z" | mean over layers of logsumexp(logits)^2 |
+
+    Fine-tuning in transformers adds `router_aux_loss_coef` x "joint_balance" for Mixtral, Qwen-MoE and OLMoE.
     """
 
     config: DecoderConfig
@@ -45,7 +54,7 @@ class NextTokenLoss:
             key=key,
         )  # fmt: skip
         nll = -jnp.mean(token_log_probs(out.logits, tokens[:, 1:]))
-        losses, total = {name: jnp.mean(value) for name, value in out.losses.items()}, nll
+        losses, total = _router_losses(out), nll
         for name, weight in self.router_losses:
             if name not in losses:
                 raise unknown("router_losses", name, losses)
@@ -55,8 +64,16 @@ class NextTokenLoss:
         return total, Aux(metrics, state)
 
 
+def _router_losses(out: Output) -> dict[str, Float[Array, ""]]:
+    """Every loss of the routers by name, unweighted: means over layers, and "joint_balance" over all at once."""
+    losses = {name: jnp.mean(value) for name, value in out.losses.items()}
+    if "importance" in out.metrics:
+        losses["joint_balance"] = routing.joint_balance_loss(out.metrics["importance"], out.metrics["load"])
+    return losses
+
+
 def _metrics(losses: dict[str, Array], out: Output) -> dict[str, Float[Array, ""]]:
-    means = {name: jnp.mean(value) for name, value in out.metrics.items() if name != "load"}
+    means = {name: jnp.mean(value) for name, value in out.metrics.items() if value.ndim == 1}
     return {f"router/{name}": value for name, value in (losses | means).items()}
 
 

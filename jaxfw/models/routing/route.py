@@ -63,13 +63,15 @@ class RouterAux:
 
     `losses` are scalars, means over the valid tokens of the whole batch, not yet weighted into the training loss.
     `probs` are every token's probabilities (or scores) of all experts, float32; `load` is the number of valid tokens
-    that each expert was given before any was dropped; `state` is the router's state after this batch, or None.
+    that each expert was given before any was dropped; `importance` is its sum of probabilities over valid tokens, those
+    of a token summing to 1, or None where there are no such; `state` is the router's state after this batch, or None.
     """
 
     losses: dict[str, Float[Array, ""]]
     probs: Float[Array, "B T E"]
     load: Float[Array, "E"]
     state: PyTree | None = None
+    importance: Float[Array, "E"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -94,7 +94,7 @@ class TokenChoice:
             "z": routing.z_loss(clean, context.valid),
         }
         return TokenRoute(ids, self._weights(logits, probs, ids)), RouterAux(
-            losses, probs, load, self._moved(bias, load)
+            losses, probs, load, self._moved(bias, load), routing.importance(shares, context.valid)
         )
 
     def _weights(self, logits: Array, probs: Array, ids: Int[Array, "B T k"]) -> Float[Array, "B T k"]:
@@ -164,7 +164,8 @@ class ExpertChoice:
         taken = jnp.broadcast_to(taken[:, None], tokens.shape)
         weights = jnp.where(taken, routing.take(by_expert, tokens), 0)
         load = jnp.sum(taken, axis=(0, 2), dtype=jnp.float32)
-        aux = RouterAux({"z": routing.z_loss(logits, context.valid)}, probs, load)
+        losses, importance = {"z": routing.z_loss(logits, context.valid)}, routing.importance(probs, context.valid)
+        aux = RouterAux(losses, probs, load, importance=importance)
         return SlotRoute(jnp.where(taken, tokens, -1), weights), aux
 
 
