@@ -12,8 +12,8 @@ from jaxfw.models.decoder import attention_spec, default_router, router_states
 from jaxfw.nn.config import DecoderConfig
 
 
-def check_tokens(config: DecoderConfig, tokens: Any, lengths: Any, unit_id: Any) -> None:
-    """Raise an `InputError` unless these are integer arrays [B T], [B] and [B T] (the last two may be None).
+def check_tokens(config: DecoderConfig, tokens: Any, lengths: Any, unit_id: Any, segment_ids: Any = None) -> None:
+    """Raise an `InputError` unless these are integer arrays [B T], [B], [B T] and [B T] (all but the first may be None).
 
     Tokens that are no traced values must be of the vocabulary: under jit, one beyond it makes the row's logits NaN.
     """
@@ -29,6 +29,10 @@ def check_tokens(config: DecoderConfig, tokens: Any, lengths: Any, unit_id: Any)
         _check_integers("lengths", lengths, (B,), f"a number of valid tokens for each of {B} rows")
     if unit_id is not None:
         _check_integers("unit_id", unit_id, (B, T), f"a number for each of the tokens [{B} {T}], -1 for none")
+    if segment_ids is not None:
+        _check_integers(
+            "segment_ids", segment_ids, (B, T), f"a document's number for each of the tokens [{B} {T}], 0 for padding"
+        )
 
 
 def _check_vocabulary(config: DecoderConfig, tokens: Any) -> None:
@@ -95,6 +99,26 @@ def check_cache(config: DecoderConfig, shape: tuple[int, ...], policy: Any, cach
     fresh = jax.eval_shape(lambda: policy.at(0).empty(B, spec=spec, prompt=T, new=1, dtype=dtype))
     if type(fresh) is not type(cache.layers[0]):
         raise InputError(f"a cache of {type(cache.layers[0]).__name__}s was not made by {policy!r}: give its policy.")
+
+
+def check_packing(policy: Any, router: Any, taps: Any) -> None:
+    """Raise an `InputError` for what would join the documents of a packed row, or cannot tell them apart."""
+    if policy is not None:
+        raise InputError(
+            f"segment_ids cannot be given beside a cache (policy={policy!r}): a row of a cache is one document. "
+            "Give each document a row of its own."
+        )
+    if not getattr(router, "is_causal", True):
+        raise InputError(
+            f"router={router!r} mixes the documents of a packed row, which segment_ids keep apart: give rows of one "
+            "document each, or a router by which tokens choose."
+        )
+    for i, tap in enumerate(taps):
+        if tap.pos is not None:
+            raise InputError(
+                f"taps[{i}].pos names true positions, which every document of a packed row has: leave out pos= or "
+                "segment_ids=."
+            )
 
 
 def check_mixture(config: DecoderConfig, policy: Any, router: Any, experts: Any, state: PyTree | None) -> None:

@@ -7,6 +7,7 @@ composes the parts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from jaxfw.nn.layers import Block, Decoder, Embedding, Head
 from jaxfw.ops.attention import attend
 from jaxfw.ops.attention_rows import attention_lse
 from jaxfw.ops.rope import rotate, rotation
+from jaxfw.ops.segments import document_lengths, starts
 
 
 @jax.tree_util.register_dataclass
@@ -137,7 +139,7 @@ def attend_half(
 ) -> LayerOutput:
     """The attention half of a layer; `params` is that layer's tree.
 
-    Without a `policy`, causal attention among these tokens. With one and no `state`, the prefill of a cache with `room`
+    Without a `policy`, causal attention among these tokens, inside each document where the step has several. With one and no `state`, the prefill of a cache with `room`
     slots. With both, the tokens extend the state.
     """
     spec, sites = attention_spec(config), Sites(taps, step, collected)
@@ -151,9 +153,10 @@ def attend_half(
         k, v = constrain(k, *_HEADS), constrain(sites("attn/v", v), *_HEADS)
         if policy is None:
             keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-            heads, new = attend(q, keys, values, **spec.options), None
+            heads, new = attend(q, keys, values, starts=step.starts, **spec.options), None
             if tap.wants(taps, "attn/lse"):
-                sites("attn/lse", attention_lse(q, keys, scale=spec.scale, window=spec.window))
+                lse = attention_lse(q, keys, scale=spec.scale, window=spec.window, starts=step.starts)
+                sites("attn/lse", lse)
         else:
             if tap.wants(taps, "attn/lse"):
                 raise InputError("site 'attn/lse' cannot be collected beside a cache: leave out policy=.")
@@ -173,8 +176,13 @@ def attend_half(
 def _rotated(config: DecoderConfig, q: Array, k: Array, step: Step) -> tuple[Array, Array]:
     if config.rope is None:
         return q, k
-    seq_len = step.positions[:, 0] + step.lengths
-    cos, sin = rotation(config.rope, step.positions, width=config.head_dim, seq_len=seq_len)
+    turn = functools.partial(rotation, config.rope, width=config.head_dim)
+    if step.segment_ids is None:
+        cos, sin = turn(step.positions, seq_len=step.positions[:, 0] + step.lengths)
+    else:  # a kind that stretches by length does so by each document's own
+        lengths = document_lengths(step.segment_ids)
+        cos, sin = jax.vmap(lambda at, n: turn(at[:, None], seq_len=n), (1, 1), 1)(step.positions, lengths)
+        cos, sin = cos[:, :, 0], sin[:, :, 0]
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
@@ -258,7 +266,8 @@ def mlp_half(
 def _expert_metrics(aux: RouterAux, stats: ExpertStats) -> dict[str, Array]:
     share = stats.dropped / jnp.maximum(stats.kept + stats.dropped, 1)
     dead = jnp.sum(aux.load == 0, dtype=jnp.float32)
-    return {"dropped": share, "max_load": stats.max_load, "dead": dead, "load": aux.load}
+    counts = {"load": aux.load} | ({} if aux.importance is None else {"importance": aux.importance})
+    return {"dropped": share, "max_load": stats.max_load, "dead": dead} | counts
 
 
 def layer(
@@ -288,7 +297,9 @@ def layer(
     return dataclasses.replace(out, state=half.state)
 
 
-def first_step(lengths: Int[Array, "B"], T: int) -> Step:
-    """The step of a prompt: positions 0..T-1 in every row."""
+def first_step(lengths: Int[Array, "B"], T: int, *, segment_ids: Int[Array, "B T"] | None = None) -> Step:
+    """The step of a prompt: positions 0..T-1 in every row or, of packed rows, in every document."""
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (lengths.shape[0], T))
-    return Step(positions, lengths, jnp.int32(0))
+    if segment_ids is not None:
+        positions -= starts(segment_ids)
+    return Step(positions, lengths, jnp.int32(0), segment_ids=segment_ids)

@@ -17,8 +17,8 @@ from jaxfw.core.keys import row_keys
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models import taps as tap
 from jaxfw.models.cache.policy import Cache, CachePolicy, Step
-from jaxfw.models.checks import check_cache, check_layers, check_mixture, check_tokens
-from jaxfw.models.decoder import LayerOutput, embed, first_step, head, layer
+from jaxfw.models.checks import check_cache, check_layers, check_mixture, check_packing, check_tokens
+from jaxfw.models.decoder import LayerOutput, default_router, embed, first_step, head, layer
 from jaxfw.models.routing import Experts, Router
 from jaxfw.models.taps import Sites, Taps
 from jaxfw.nn.config import DecoderConfig
@@ -47,7 +47,8 @@ class Output:
         cache: after these tokens; None without a policy.
         losses: of the routers, by name, one entry a layer with experts; unweighted means over valid tokens.
         metrics: of the experts, by name, one entry a layer with experts: "dropped" (share of the assignments),
-            "max_load" (share of the fullest expert), "dead" (experts without a token), "load" [L E].
+            "max_load" (share of the fullest expert), "dead" (experts without a token), "load" [L E] and, of
+            most routers, "importance" [L E] (sums of probabilities).
         state: of the routers that have one, {"layers_0": ..., ...}; else {}.
         taps: one entry for each `Collect` that was asked for.
     """
@@ -89,6 +90,8 @@ def trunk(
     check_layers(config, params)
     check_cache(config, x.shape[:2], policy, cache, room)
     check_mixture(config, policy, router, experts, state)
+    if step.segment_ids is not None:
+        check_packing(policy, router or default_router(config), taps)
     held_by: Any = state or {}
     options = {"router": router, "experts": experts, "taps": taps}
     if "layers" in params:
@@ -176,6 +179,7 @@ def forward(
     tokens: Int[Array, "B T"],
     *,
     lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     policy: CachePolicy | None = None,
     cache: Cache | None = None,
     room: int | None = None,
@@ -199,6 +203,9 @@ def forward(
         params: its parameters, a key per layer or stacked by `stack_layers`.
         tokens: ids.
         lengths: valid tokens of each row.
+        segment_ids: of packed rows, the number of each token's document: 1, 2, ... from the left, 0 for padding at the
+            end. Attention stays inside a document, positions restart in each (so does what RoPE or a table makes of
+            them). Without a cache only; on a GPU see `jaxfw.ops.attention` for the cost.
         policy: what a cache keeps, static; None keeps none.
         cache: of earlier tokens, which these extend.
         room: slots of a fresh cache.
@@ -211,10 +218,10 @@ def forward(
         key: for policies that draw and, without a cache, for routers that do; one, or one a row.
         run_layer: stands in for `layer`: `remat_layer`, for instance.
     """
-    check_tokens(config, tokens, lengths, unit_id)
+    check_tokens(config, tokens, lengths, unit_id, segment_ids)
     B, T = tokens.shape
     tap.validate(config, taps, B, T)
-    step = first_step(jnp.full(B, T, jnp.int32) if lengths is None else lengths, T)
+    step = first_step(jnp.full(B, T, jnp.int32) if lengths is None else lengths, T, segment_ids=segment_ids)
     step = dataclasses.replace(step, tokens=tokens, unit_id=unit_id, key=None if key is None else row_keys(key, B))
     if cache is not None:
         step = dataclasses.replace(step, positions=step.positions + cache.seen[:, None])

@@ -4,6 +4,11 @@ Queries of one key head are laid side by side, so that each key head is one matr
 keys and values are never repeated. Prompts are cut into query blocks that see only the keys before their end, which
 nearly halves the work and keeps the logits of one block alive at a time, small enough for a processor's cache.
 
+Rows that hold several documents are masked in the same blocks, by the column at which each query's document begins: no
+[B T T] array. jax's public attention takes no such thing (0.10 to 0.12: cuDNN's packed rows, `q_offsets` and
+`kv_offsets`, are behind a private name, and a mask array costs most of its speed), so on a GPU too this is XLA's form: the
+work of the whole row, whatever its documents' lengths, with the weights of one block in memory at a time.
+
 Weights are normalised after they have met the values, on [T, d] instead of [T, S]. Differentiated, that also turns the
 softmax's sum over keys into one over d (as in FlashAttention, arXiv:2205.14135, appendix B.4).
 """
@@ -29,29 +34,37 @@ def attend(
     scale: float,
     softmax_dtype=jnp.float32,
     window: int | None = None,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Attention of each query to the keys at or before its position, H a multiple of K.
 
     With `positions` None the queries are the keys' own tokens (T = S). Otherwise key slot s holds position s of its
     row, and a query at position p reads the slots 0..p; slots beyond hold nothing and are ignored. With a `window`, a
-    query reads its last `window` positions only.
+    query reads its last `window` positions only. With `starts`, which goes without positions, a query reads no key before
+    that column (`jaxfw.ops.segments`): rows of several documents, on XLA's form everywhere.
 
     Without positions, a program that is lowered for CUDA calls cuDNN if it can do this (half precision, softmax in
     float32, d up to 128), whatever the machine that lowers it; elsewhere XLA's form runs.
 
     Raises:
-        InputError: H is no multiple of K; T differs from S without positions.
+        InputError: H is no multiple of K; T differs from S without positions; both positions and starts.
     """
     B, T, H, d = q.shape
     K, S = k.shape[1:3]
     if H % K:
         raise InputError(f"expected q[B,T,H,d] with H a multiple of K: got H={H}, K={K}.")
     if positions is not None:
+        if starts is not None:
+            raise InputError(
+                "positions and starts do not go together: documents are masked among their own tokens only."
+            )
         return in_query_blocks(
             lambda q, positions: _attend_block(q, k, v, positions, scale, softmax_dtype, window), q, positions
         )
     if T != S:
         raise InputError(f"expected as many queries as keys without positions: got T={T}, S={S}.")
+    if starts is not None:
+        return _attend_causal(q, k, v, scale, softmax_dtype, window, starts)
     is_possible = _cudnn_takes(q.shape, K, str(q.dtype), softmax_dtype, window)
     return (_attend_on_platform if is_possible else _attend_causal)(q, k, v, scale, softmax_dtype, window)
 
@@ -71,7 +84,7 @@ def in_query_blocks(
     return jnp.swapaxes(outs, 0, 1).reshape(B, -1, *outs.shape[3:])[:, :T]
 
 
-def _attend_causal(q, k, v, scale, softmax_dtype, window):
+def _attend_causal(q, k, v, scale, softmax_dtype, window, starts=None):
     """Causal attention among the keys' own tokens, a block of queries at a time."""
     T = q.shape[1]
     # Gradients recompute a block's weights: kept, they would be [B H T S] in every layer.
@@ -83,13 +96,14 @@ def _attend_causal(q, k, v, scale, softmax_dtype, window):
         first = 0 if window is None else max(0, start - window + 1)
         positions = jnp.arange(start, end)[None, :]
         keys, values = k[:, :, first:end], v[:, :, first:end]
-        outs.append(block(q[:, start:end], keys, values, positions, scale, softmax_dtype, window, first))
+        own = () if starts is None else (starts[:, start:end],)
+        outs.append(block(q[:, start:end], keys, values, positions, scale, softmax_dtype, window, first, *own))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
-def _attend_block(q, k, v, positions, scale, softmax_dtype, window=None, first=0):
+def _attend_block(q, k, v, positions, scale, softmax_dtype, window=None, first=0, starts=None):
     """Attention with key slot s, at position first + s, visible to a query at position p when it is at most p, and
-    within its window; `positions` is [B T] or [1 T].
+    within its window, and not before its start; `positions` is [B T] or [1 T].
     """
     B, T, H, d = q.shape
     K, S = k.shape[1:3]
@@ -98,6 +112,8 @@ def _attend_block(q, k, v, positions, scale, softmax_dtype, window=None, first=0
     logits = jnp.einsum("BKMd,BKSd->BKMS", grouped, k, preferred_element_type=softmax_dtype) * scale
     slots, positions = first + jnp.arange(S)[None, None, :], positions[:, :, None]
     visible = slots <= positions if window is None else (slots <= positions) & (slots > positions - window)
+    if starts is not None:
+        visible &= slots >= starts[:, :, None]
     logits = jnp.where(visible[:, None, None], logits.reshape(B, K, G, T, S), jnp.finfo(softmax_dtype).min)
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - largest)

@@ -36,18 +36,29 @@ class Summary:
 
 
 def attention_lse(
-    q: Float[Array, "B T H d"], k: Float[Array, "B K T d"], *, scale: float, window: int | None = None
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B K T d"],
+    *,
+    scale: float,
+    window: int | None = None,
+    starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H"]:
-    """Log of the sum of exponentials of each query's causal logits, a block of queries at a time."""
+    """Log of the sum of exponentials of each query's causal logits, a block of queries at a time.
+
+    With `starts`, a query reads no key before that column: its document's first.
+    """
     B, T, H, _ = q.shape
 
-    def block(total, q, positions):
+    def block(total, q, positions, own=None):
         logits, visible = _logits(q, k, positions, scale, window)
+        if own is not None:
+            visible &= (jnp.arange(logits.shape[-1]) >= own[:, :, None])[:, None, None]
         lse = jax.nn.logsumexp(jnp.where(visible, logits, -jnp.inf), axis=-1)
         return total, lse.reshape(B, H, -1).swapaxes(1, 2)
 
     positions = jnp.arange(T, dtype=jnp.int32)[None, :]
-    _, lse = _over_blocks(block, None, (q, positions), size=_block_size(q, k))
+    of_queries = (q, positions) if starts is None else (q, positions, starts)
+    _, lse = _over_blocks(block, None, of_queries, size=_block_size(q, k))
     return lse
 
 

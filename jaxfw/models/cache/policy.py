@@ -65,6 +65,9 @@ class Step:
     `unit_id` says which unit (a shot, a sentence) a token belongs to, -1 for none. `key` holds a random key a row, the
     same for all calls of a generation: a policy that draws folds in the layer and the position, so that a row draws
     the same alone, in a batch, at once or token by token.
+
+    `segment_ids` number the documents of packed rows, 0 is padding: positions restart in each, and a query reads its own
+    document only. Such a step goes without a cache.
     """
 
     positions: Int[Array, "B T"]
@@ -73,11 +76,20 @@ class Step:
     tokens: Int[Array, "B T"] | None = None
     unit_id: Int[Array, "B T"] | None = None
     key: PRNGKeyArray | None = None
+    segment_ids: Int[Array, "B T"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "B T"]:
         """Which tokens are not padding."""
-        return jnp.arange(self.positions.shape[1]) < self.lengths[:, None]
+        within = jnp.arange(self.positions.shape[1]) < self.lengths[:, None]
+        return within if self.segment_ids is None else within & (self.segment_ids > 0)
+
+    @property
+    def starts(self) -> Int[Array, "B T"] | None:
+        """The column at which each token's document begins; None where rows are one document each."""
+        if self.segment_ids is None:
+            return None
+        return jnp.arange(self.positions.shape[1], dtype=jnp.int32) - self.positions
 
 
 @jax.tree_util.register_dataclass
