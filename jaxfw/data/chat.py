@@ -8,13 +8,17 @@ which render what they hold.
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jaxfw.core.errors import InputError
 
 REMEDY = "Put one that works into chat_template.jinja beside tokenizer.json; it is used first."
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode keeps them for use inside a program
 
 Message = Mapping[str, Any]
 
@@ -57,6 +61,49 @@ def render(
     >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}.{% endfor %}", [{"role": "user", "content": "Hi"}])
     'user: Hi.'
     """
+    return _render(partial(_compiled, template), messages, name, special_tokens, add_generation_prompt, tools)
+
+
+def marks_answers(template: str) -> bool:
+    """Whether the template says by `{% generation %}` which words a model is trained on."""
+    return bool(re.search(r"\{%[-+]?\s*generation\b", template))
+
+
+def render_marked(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    name: str = "default",
+    special_tokens: Mapping[str, str] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and the spans of characters that the template's `{% generation %}` blocks hold.
+
+    >>> template = "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    >>> render_marked(template, [{"role": "assistant", "content": "Hi"}])
+    ('assistant: Hi', [(11, 13)])
+    """
+    text = _render(partial(_compiled, template, marks=True), messages, name, special_tokens, False, tools)
+    pieces, spans = re.split(f"([{OPEN}{CLOSE}])", text), []
+    length, opened = 0, None
+    for piece in pieces:
+        if piece == OPEN:
+            opened = length
+        elif piece == CLOSE and opened is not None:
+            spans.append((opened, length))
+        elif piece != CLOSE:
+            length += len(piece)
+    return "".join(piece for piece in pieces if piece not in (OPEN, CLOSE)), spans
+
+
+def _render(
+    compiled: Callable[[], Any],
+    messages: Sequence[Message],
+    name: str,
+    special_tokens: Mapping[str, str] | None,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> str:
     check(messages)
     values = {
         **(special_tokens or {}),
@@ -66,7 +113,7 @@ def render(
         "add_generation_prompt": add_generation_prompt,
     }
     try:
-        return _compiled(template).render(values)
+        return compiled().render(values)
     except Exception as error:  # a template is a program: it can raise anything
         raise _refusal(name, error) from None
 
@@ -127,24 +174,28 @@ def _plain(value: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(template: str):
-    return _environment().from_string(template)
+def _compiled(template: str, marks: bool = False):
+    return _environment(marks).from_string(template)
 
 
 @functools.cache
-def _environment():
+def _environment(marks: bool):
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` marks words to train on; here it only shows them."""
+        """`{% generation %} ... {% endgeneration %}` holds words to train on: shown, and marked if asked for."""
 
         tags = {"generation"}  # noqa: RUF012  (jinja2 declares it as a set)
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            held = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marks:
+                opening, closing = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (OPEN, CLOSE))
+                held = [opening, *held, closing]
+            return nodes.Scope(held, lineno=line)
 
     def raise_exception(message: str):
         raise TemplateError(message)
