@@ -1,7 +1,7 @@
 """Next-token prediction: the loss of a decoder on windows of tokens, and its value on held-out ones."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import jax
@@ -16,12 +16,17 @@ from jaxfw.ops import routing
 from jaxfw.ops.losses import token_log_probs
 from jaxfw.train.step import Aux
 
+Batch = Mapping[str, Array]
+LEAST_WEIGHT = 1e-6  # of a batch that trains on nothing
 ROUTERS = "routers"  # where a training state keeps the routers' own
 
 
 @dataclasses.dataclass(frozen=True)
 class NextTokenLoss:
     """Mean negative log-likelihood in nats of every token but the first of each window; a `LossFn`.
+
+    A batch holds `tokens` [B T+1] and perhaps `weights` (of the prediction of each token, [B T+1]) and `segment_ids`
+    [B T+1] (the documents of packed rows, 1, 2, ..., 0 for padding; nothing is predicted across their borders).
 
     A model with experts adds `weight` x each router loss in `router_losses`, pairs of name and weight such as
     ("balance", 0.01), and logs all of them and the experts' metrics as means over layers:
@@ -46,14 +51,10 @@ class NextTokenLoss:
         return {ROUTERS: routers} if routers else {}
 
     def __call__(
-        self, params: PyTree, batch: dict[str, Int[Array, "B T+1"]], key: PRNGKeyArray, *, state: PyTree
+        self, params: PyTree, batch: Batch, key: PRNGKeyArray, *, state: PyTree
     ) -> tuple[Float[Array, ""], Aux]:
-        tokens = batch["tokens"]
-        out = forward(
-            self.config, params, tokens[:, :-1], router=self.router, experts=self.experts, state=state.get(ROUTERS),
-            key=key,
-        )  # fmt: skip
-        nll = -jnp.mean(token_log_probs(out.logits, tokens[:, 1:]))
+        by_row, weights, out = self._forward(params, batch, state, key)
+        nll = jnp.sum(by_row) / jnp.maximum(jnp.sum(weights), LEAST_WEIGHT)
         losses, total = _router_losses(out), nll
         for name, weight in self.router_losses:
             if name not in losses:
@@ -62,6 +63,31 @@ class NextTokenLoss:
         state = state | {ROUTERS: out.state} if out.state else state
         metrics = {"train/nll": nll} | _metrics(losses, out) if losses else {}
         return total, Aux(metrics, state)
+
+    def rows(self, params: PyTree, batch: Batch, *, state: PyTree) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+        """Of each row, the weighted sum of negative log-likelihoods in nats, and the sum of the weights."""
+        by_row, weights, _ = self._forward(params, batch, state, None)
+        return by_row, weights
+
+    def _forward(self, params: PyTree, batch: Batch, state: PyTree, key: PRNGKeyArray | None):
+        tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+        out = forward(
+            self.config, params, tokens[:, :-1], router=self.router, experts=self.experts, state=state.get(ROUTERS),
+            key=key, segment_ids=None if segment_ids is None else segment_ids[:, :-1],
+        )  # fmt: skip
+        weights = target_weights(batch)
+        by_row = -jnp.sum(weights * token_log_probs(out.logits, tokens[:, 1:]), axis=1)
+        return by_row, jnp.sum(weights, axis=1), out
+
+
+def target_weights(batch: Batch) -> Float[Array, "B T"]:
+    """What the prediction of each token but the first counts: by `weights`, and only inside a document."""
+    tokens, segment_ids, weights = batch["tokens"], batch.get("segment_ids"), batch.get("weights")
+    found = jnp.ones(tokens[:, 1:].shape, jnp.float32) if weights is None else weights[:, 1:].astype(jnp.float32)
+    if segment_ids is None:
+        return found
+    is_inside = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
+    return jnp.where(is_inside, found, 0)
 
 
 def _router_losses(out: Output) -> dict[str, Float[Array, ""]]:
