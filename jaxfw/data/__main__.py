@@ -5,9 +5,10 @@
     python -m jaxfw.data verify DIR
 
 prepare: text, JSON, CSV or parquet (a file, a folder or a glob), or a data set of the Hub, as tokens that training
-maps; --chat: conversations (column `messages`), trained on the assistant's turns only. inspect: what a folder holds, and
-how its documents would be packed. verify: reads everything and compares with the sums. Exit codes: 0; 1 when a check
-fails or the disk does not take it; 2 when what was given cannot be used. --traceback shows where an error came from.
+maps; --chat: conversations (column `messages`), trained on the assistant's turns only. inspect: what a folder holds,
+and how its documents would be packed. verify: reads everything and compares with the sums. Exit codes: 0; 1 when a
+check fails or the disk does not take it; 2 when what was given cannot be used. --traceback shows where an error came
+from.
 """
 
 import argparse

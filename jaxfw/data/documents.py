@@ -7,9 +7,12 @@ Everything else is read by the `datasets` library as a stream: nothing is copied
 import dataclasses
 import glob
 import re
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from jaxfw.core.errors import InputError, unknown
 
@@ -36,8 +39,7 @@ class Documents:
         if self.kind == TEXT:
             yield from (_read_text(Path(file)) for file in self.files)
             return
-        rows = _guarded(_open(self), self.source)
-        for i, row in enumerate(rows):
+        for i, row in enumerate(_rows(self)):
             if self.column not in row:
                 raise unknown(f"{self.source} (row {i}): column", self.column, row)
             yield row[self.column]
@@ -122,30 +124,44 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it, with iconv for example.") from None
 
 
-def _open(documents: Documents) -> Iterable[Mapping[str, Any]]:
-    datasets = _library()
-    if documents.kind != "hub":
-        return datasets.load_dataset(documents.kind, data_files=list(documents.files), split="train", streaming=True)
+def _rows(documents: Documents) -> Iterator[Mapping[str, Any]]:
+    """As mappings, with the errors of pyarrow, `datasets` and the file system told as ours."""
+    datasets, source = _library(), documents.source
+    if documents.kind == "hub":
+        yield from _hub(datasets, documents)
+        return
+    try:
+        yield from datasets.load_dataset(
+            documents.kind, data_files=list(documents.files), split="train", streaming=True
+        )
+    except Exception as error:
+        raise InputError(f"{source} cannot be read: {_said(error)}. Is a file damaged, or of another kind?") from None
+
+
+def _hub(datasets: Any, documents: Documents) -> Iterator[Mapping[str, Any]]:
     match = ON_THE_HUB.fullmatch(documents.source)
     assert match
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=documents.split, streaming=True)
-    except Exception as error:  # of many libraries below: no network, no such name, no such split, a gated one
+        _check_network()
+        yield from datasets.load_dataset(match["name"], match["config"], split=documents.split, streaming=True)
+    except Exception as error:  # no network, no such name, no such split, a gated one
         raise InputError(
             f"{documents.source!r} is no file or folder here, and as a data set of the Hub it cannot be had "
             f"({_said(error)}). Check the path; without a network, download it elsewhere and give its files."
         ) from None
 
 
-def _guarded(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[Mapping[str, Any]]:
-    try:
-        yield from rows
-    except Exception as error:  # pyarrow's, datasets' and the file system's
-        raise InputError(f"{source} cannot be read: {_said(error)}. Is a file damaged, or of another kind?") from None
+def _check_network() -> None:
+    """Raises at once where the Hub's name has no address; its library tries for half a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    address = urlparse(ENDPOINT)
+    if not getproxies():
+        socket.getaddrinfo(address.hostname, address.port or 443)
 
 
 def _said(error: Exception) -> str:
-    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+    while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.'):.200}"
 

@@ -123,6 +123,5 @@ def _special_texts(tokenizer: Tokenizer) -> list[str]:
 def _refusal(name: str, count: int, what: str) -> InputError:
     return InputError(
         f"chat template {name!r} has no generation marks, and the text of the first {count} messages {what}: where the "
-        f"assistant's turns lie cannot be told. {REMEDY}, or split the conversation so that it has one answer, its last "
-        "message."
+        f"assistant's turns lie cannot be told. {REMEDY}, or split the conversation so that its one answer comes last."
     )
