@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfw.core.checkpoint import Checkpoints
+from jaxfw.core.checkpoint import STATE, Checkpoints
 from jaxfw.core.runtime import environment
 from jaxfw.core.workdir import write_json
 
@@ -145,7 +145,11 @@ def _arrays(folder: Path) -> tuple[Any, dict[str, np.ndarray]]:
 
     with Checkpoints(folder, read_only=True) as checkpoints:
         step, notes = checkpoints.latest_step, checkpoints.notes()
-    tree = ocp.StandardCheckpointer().restore(folder.resolve() / str(step) / "state")
+    path, here = folder.resolve() / str(step) / STATE, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    reader = ocp.StandardCheckpointer()
+    held: Any = reader.metadata(path).item_metadata
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), held.tree)
+    tree = reader.restore(path, like)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return (step, notes), {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
