@@ -10,7 +10,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 BIN = .venv/bin/python
 ORACLE = .venv-oracle/bin/python
 
-.PHONY: help install demo test oracle bench notebook h200 gpu clean
+.PHONY: help install demo test oracle bench notebook soak h200 gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ bench: .venv-oracle/installed  ## speed and loading beside transformers and torc
 	$(ORACLE) -m experiments.bench.cpu_lm
 	$(ORACLE) -m experiments.bench.seams
 	$(ORACLE) -m experiments.bench.load
+	$(ORACLE) -m experiments.bench.checkpoint
+
+soak: .venv/dev  ## kill training runs 20 times each, on one device, on eight, as two processes; compare the bits
+	$(BIN) -m experiments.soak
 
 h200: .venv/dev  ## what kernels and published models become on H200s, compiled here without one: tables of bytes and calls
 	$(BIN) -m experiments.kernels

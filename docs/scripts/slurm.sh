@@ -4,7 +4,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --time=01:00:00
 #SBATCH --output=slurm-%j.log
-# sbatch docs/scripts/slurm.sh -m jaxfw.launch --config=configs/quickstart.py --workdir=/shared/runs/quickstart
+# sbatch docs/scripts/slurm.sh -m jaxfw.launch --config=configs/pretrain.py --config.data=/shared/text --workdir=/shared/runs/pretrain
 set -euo pipefail
 
 # One process a node, with all its GPUs. For one a GPU: --ntasks-per-node=8, and no --gpus-per-task (see below).

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several machines over ssh, process 0 on the first:
-#   bash docs/scripts/ssh.sh "node1 node2" -m jaxfw.launch --config=configs/quickstart.py --workdir=/shared/runs/quickstart
+#   bash docs/scripts/ssh.sh "node1 node2" -m jaxfw.launch --config=configs/pretrain.py --config.data=/shared/text --workdir=/shared/runs/pretrain
 # The same checkout and environment stand at the same path on all of them; ssh asks for no password.
 set -euo pipefail
 read -ra hosts <<<"$1"
