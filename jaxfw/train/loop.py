@@ -28,14 +28,15 @@ Measured = Mapping[str, Any]
 class Work:
     """What one step does, for the rates in the log: tokens, model FLOPs, and the devices' peak in FLOP/s, if known."""
 
-    tokens: int
+    tokens: int = 0
     flops: int = 0
     peak: float | None = None
 
     def rates(self, steps_per_second: float) -> dict[str, float]:
         """`perf/*`: steps, tokens and model FLOPs a second, and their share of the peak (MFU)."""
         flops = steps_per_second * self.flops
-        found = {"steps_per_s": steps_per_second, "tokens_per_s": steps_per_second * self.tokens}
+        found = {"steps_per_s": steps_per_second}
+        found |= {"tokens_per_s": steps_per_second * self.tokens} if self.tokens else {}
         found |= {"flops_per_s": flops} if flops else {}
         found |= {"mfu": flops / self.peak} if flops and self.peak else {}
         return {f"perf/{name}": value for name, value in found.items()}
@@ -81,7 +82,7 @@ def train(
         RunError: the loss or its gradient is not finite; what was saved before is good. A checkpoint cannot be written.
         Preempted: `stops_at` said so; a checkpoint of that step is on disk.
     """
-    work = work or Work(0)
+    work = work or Work()
     done = int(train_state.step)
     bar = tqdm(total=steps, initial=done, desc="train", unit="step", dynamic_ncols=True,
                disable=None if current().is_main else True)  # fmt: skip
