@@ -46,16 +46,18 @@ def test_the_code_runs_in_the_order_in_which_it_stands(tmp_path):
 
     So do the commands that read a model.
     """
-    for name in ("configs", "experiments", "jaxfw"):
+    for name in ("configs", "docs", "experiments", "jaxfw"):
         (tmp_path / name).symlink_to(ROOT / name)
     launch = ["-m", "jaxfw.launch", "--config=configs/quickstart.py:smoke", "--workdir=runs/quickstart"]
     done = subprocess.run([sys.executable, *launch], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     code = "\n".join(line for block in PYTHON for line in block.splitlines() if not line.startswith(("!", "%")))
     commands = [
-        line.split("  ")[0] for line in SHELL.splitlines() if "runs/quickstart/model" in line or "runs/half" in line
+        line.split("  ")[0]
+        for line in SHELL.splitlines()
+        if any(word in line for word in ("runs/quickstart/model", "runs/half", "runs/pretrain"))
     ]
-    assert len(commands) == 5
+    assert len(commands) == 8
     for words in (["-c", code], *(shlex.split(line)[1:] for line in commands)):
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{words[:4]}: {done.stderr}"
@@ -112,7 +114,7 @@ def test_figures_are_those_of_the_committed_results():
     assert not re.findall(r"@\w+@", README)
 
 
-FILES = ("parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load")
+FILES = ("parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load", "soak", "checkpoint")
 
 
 @pytest.mark.parametrize("name", FILES)
