@@ -13,7 +13,7 @@ from jaxfw.nn.config import DecoderConfig
 
 
 def check_tokens(config: DecoderConfig, tokens: Any, lengths: Any, unit_id: Any, segment_ids: Any = None) -> None:
-    """Raise an `InputError` unless these are integer arrays [B T], [B], [B T] and [B T] (all but the first may be None).
+    """Raise an `InputError` unless these are integer arrays [B T], [B], [B T] and [B T]; the last three may be None.
 
     Tokens that are no traced values must be of the vocabulary: under jit, one beyond it makes the row's logits NaN.
     """

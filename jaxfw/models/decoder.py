@@ -139,8 +139,8 @@ def attend_half(
 ) -> LayerOutput:
     """The attention half of a layer; `params` is that layer's tree.
 
-    Without a `policy`, causal attention among these tokens, inside each document where the step has several. With one and no `state`, the prefill of a cache with `room`
-    slots. With both, the tokens extend the state.
+    Without a `policy`, causal attention among these tokens, inside each document where the step has several. With one
+    and no `state`, the prefill of a cache with `room` slots. With both, the tokens extend the state.
     """
     spec, sites = attention_spec(config), Sites(taps, step, collected)
     x = sites("resid/in", x)

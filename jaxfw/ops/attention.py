@@ -4,10 +4,10 @@ Queries of one key head are laid side by side, so that each key head is one matr
 keys and values are never repeated. Prompts are cut into query blocks that see only the keys before their end, which
 nearly halves the work and keeps the logits of one block alive at a time, small enough for a processor's cache.
 
-Rows that hold several documents are masked in the same blocks, by the column at which each query's document begins: no
-[B T T] array. jax's public attention takes no such thing (0.10 to 0.12: cuDNN's packed rows, `q_offsets` and
-`kv_offsets`, are behind a private name, and a mask array costs most of its speed), so on a GPU too this is XLA's form: the
-work of the whole row, whatever its documents' lengths, with the weights of one block in memory at a time.
+Rows that hold several documents are masked in the same blocks, by the column at which each query's document begins:
+no [B T T] array. jax's public attention takes no such thing (0.10 to 0.12: cuDNN's packed rows, `q_offsets` and
+`kv_offsets`, are behind a private name, and a mask array costs most of its speed), so on a GPU too this is XLA's form:
+the work of the whole row, whatever its documents' lengths, with the weights of one block in memory at a time.
 
 Weights are normalised after they have met the values, on [T, d] instead of [T, S]. Differentiated, that also turns the
 softmax's sum over keys into one over d (as in FlashAttention, arXiv:2205.14135, appendix B.4).
@@ -40,8 +40,8 @@ def attend(
 
     With `positions` None the queries are the keys' own tokens (T = S). Otherwise key slot s holds position s of its
     row, and a query at position p reads the slots 0..p; slots beyond hold nothing and are ignored. With a `window`, a
-    query reads its last `window` positions only. With `starts`, which goes without positions, a query reads no key before
-    that column (`jaxfw.ops.segments`): rows of several documents, on XLA's form everywhere.
+    query reads its last `window` positions only. With `starts`, which goes without positions, a query reads no key
+    before that column (`jaxfw.ops.segments`): rows of several documents, on XLA's form everywhere.
 
     Without positions, a program that is lowered for CUDA calls cuDNN if it can do this (half precision, softmax in
     float32, d up to 128), whatever the machine that lowers it; elsewhere XLA's form runs.

@@ -66,8 +66,8 @@ class Step:
     same for all calls of a generation: a policy that draws folds in the layer and the position, so that a row draws
     the same alone, in a batch, at once or token by token.
 
-    `segment_ids` number the documents of packed rows, 0 is padding: positions restart in each, and a query reads its own
-    document only. Such a step goes without a cache.
+    `segment_ids` number the documents of packed rows, 0 is padding: positions restart in each, and a query reads its
+    own document only. Such a step goes without a cache.
     """
 
     positions: Int[Array, "B T"]
