@@ -11,13 +11,15 @@ from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float, Int
 from jaxfw.nn.config import DecoderConfig
 from jaxfw.ops.activations import ACTIVATIONS
+from jaxfw.ops.adapted import Adapted, added, whole
 from jaxfw.ops.norms import layer_norm, rms_norm
-from jaxfw.ops.quant import Quantised, dequantise, product
+from jaxfw.ops.quant import Quantised, product
 
 # (q [B T H d], k [B T K d], v [B T K d], hidden [B T D], w_o [H*d D]) -> (heads [B T H d], anything)
 Mix = Callable[..., tuple[Array, Any]]
 # (site, value) -> value: shows a value under its name in the site table, and goes on with what comes back
 Tap = Callable[[str, Array], Array]
+Matrix = Array | Quantised | Adapted
 
 
 def _pass(site: str, x: Array) -> Array:
@@ -39,7 +41,7 @@ class Norm(nn.Module):
         return layer_norm(x, scale, self.param("bias", nn.initializers.zeros, shape, dtype), eps=eps)
 
 
-def _token_dot(x: Float[Array, "B T D"], matrix: Array | Quantised, *, axis: int = 0) -> Float[Array, "B T F"]:
+def _token_dot(x: Float[Array, "B T D"], matrix: Matrix, *, axis: int = 0) -> Float[Array, "B T F"]:
     """The last axis of x times the matrix's `axis`, as one product of two matrices: [B*T D] with the kernel.
 
     With B and T apart, XLA's CPU backend transposes and copies activations for every kernel's gradient (a feed-forward
@@ -47,20 +49,23 @@ def _token_dot(x: Float[Array, "B T D"], matrix: Array | Quantised, *, axis: int
     and merging them would move every activation between devices.
     """
     rows = x if jax.sharding.get_abstract_mesh().size > 1 else x.reshape(-1, x.shape[-1])
-    if isinstance(matrix, Quantised):
+    if isinstance(matrix, Adapted):
+        out = _token_dot(rows, matrix.kernel) + added(rows, matrix)
+    elif isinstance(matrix, Quantised):
         out = product(rows, matrix)
     else:
         out = jax.lax.dot_general(rows, matrix.astype(x.dtype), (((rows.ndim - 1,), (axis,)), ((), ())))
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def _matrix(module: nn.Module, config: DecoderConfig, name: str, shape: tuple[int, int]) -> Array | Quantised:
-    """The parameter of that name; a quantised one, which has other arrays than those declared, as it is given."""
+def _matrix(module: nn.Module, config: DecoderConfig, name: str, shape: tuple[int, int]) -> Matrix:
+    """The parameter of that name; a quantised or adapted one, with other arrays than those declared, as it is given."""
     given = None if module.is_initializing() else module.get_variable("params", name)
-    if not isinstance(given, Quantised):
+    if not isinstance(given, Quantised | Adapted):
         return module.param(name, nn.initializers.normal(config.init_std), shape, jnp.dtype(config.param_dtype))
     if given.shape != shape:
-        raise InputError(f"the quantised {name} is {list(given.shape)}, the config asks for {list(shape)}.")
+        kind = type(given).__name__.lower()
+        raise InputError(f"the {kind} {name} is {list(given.shape)}, the config asks for {list(shape)}.")
     return given
 
 
@@ -108,7 +113,7 @@ class Attention(nn.Module):
         q, k = self._queries_and_keys(hidden)
         v = self.v(hidden).reshape(B, T, c.kv_heads, c.head_dim)
         w_o = None if self.is_initializing() else self.o.variables["params"]["kernel"]
-        w_o = dequantise(w_o, c.dtype) if isinstance(w_o, Quantised) else w_o  # computed where a policy reads it
+        w_o = whole(w_o, c.dtype) if isinstance(w_o, Quantised | Adapted) else w_o  # computed where a policy reads it
         heads, state = mix(q, k, v, hidden, w_o)
         return self.o(heads.reshape(B, T, c.heads * c.head_dim)), state
 
