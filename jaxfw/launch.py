@@ -51,11 +51,8 @@ def main(argv: Sequence[str]) -> int:
         join_by_flags({name: options[name].value for name in FLAGS})
         say_host()
         return launch(config, options["workdir"].value)
-    except (InputError, RunError) as error:
-        if "--traceback" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return UNUSABLE if isinstance(error, InputError) else FAILED
+    except InputError as error:
+        return _say(argv, str(error), UNUSABLE)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED
@@ -63,17 +60,23 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted: the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        gone = lost(error)
+        cause = error.__cause__ or error
+        gone = lost(cause)
         if gone is None:
-            raise
-        if "--traceback" in argv:
-            traceback.print_exc()
-        print(
-            f"error: {current()} lost {gone}, whose own output says why (here: {str(error).splitlines()[0]}). Start "
-            "all of them again with the same command: it goes on from the newest checkpoint.",
-            file=sys.stderr,
+            if not isinstance(error, RunError):
+                raise
+            return _say(argv, str(error), FAILED)
+        said = f"{current()} lost {gone}, whose own output says why (here: {str(cause).splitlines()[0]})."
+        return _say(
+            argv, f"{said} Start all again with the same command: it goes on from the newest checkpoint.", FAILED
         )
-        return FAILED
+
+
+def _say(argv: Sequence[str], message: str, code: int) -> int:
+    if "--traceback" in argv:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:

@@ -12,10 +12,10 @@ import jax
 
 from experiments.train.evaluation import Evaluation
 from experiments.train.export import save_trained
+from experiments.train.first_state import mesh_of, model_config, start
 from experiments.train.page import describe_run, summarise
 from experiments.train.reading import read
 from experiments.train.settings import settings
-from experiments.train.first_state import mesh_of, model_config, start
 from jaxfw.core.checkpoint import Checkpoints
 from jaxfw.core.distributed import current
 from jaxfw.core.log import Metrics

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.train.settings import TrainingConfig
 from experiments.train.first_state import trained_params
+from experiments.train.settings import TrainingConfig
 from jaxfw.core.distributed import current
 from jaxfw.core.shapes import Float
 from jaxfw.core.workdir import write_json

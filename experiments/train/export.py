@@ -4,10 +4,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from jaxfw.weights.adapters import save_adapters
-
-from experiments.train.settings import TrainingConfig
 from experiments.train.first_state import Start, trained_params
+from experiments.train.settings import TrainingConfig
 from jaxfw.core.distributed import barrier, current
 from jaxfw.data import Tokenizer
 from jaxfw.generate import LM
@@ -21,6 +19,8 @@ def save_trained(c: TrainingConfig, begun: Start, state: TrainState, tokenizer: 
         shutil.rmtree(target, ignore_errors=True)
     barrier("before the model is saved")
     if c.lora is not None:
+        from jaxfw.weights.adapters import save_adapters
+
         adapters = state.params
         save_adapters(target, begun.loss.config, adapters, c.lora, base=c.init)
         return target

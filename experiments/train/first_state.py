@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import Mesh
-from jaxfw.train.lora import LoRALoss, adapt, init_adapters, merge
 
 import jaxfw
 from experiments.train.settings import TrainingConfig
@@ -21,6 +20,7 @@ from jaxfw.models import DecoderConfig, init, stack_layers, unstack_layers
 from jaxfw.models.sharding import ROUTER_STATES, decoder_rules
 from jaxfw.train import LossFn, NextTokenLoss, TrainState, init_state, make_optimizer
 from jaxfw.train.average import averaged_params
+from jaxfw.train.lora import LoRALoss, adapt, init_adapters, merge
 from jaxfw.train.resume import resume
 from jaxfw.train.step import with_frozen
 from jaxfw.weights import load_config

@@ -1,15 +1,15 @@
-"""What a run reads: the tokenizer, batches as functions of the step, held-out batches, and how many steps that makes."""
+"""What a run reads: the tokenizer, batches as functions of the step, held-out ones, and how many steps that makes."""
 
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxfw.core.hardware import peak_flops
 
 from experiments.train.settings import TrainingConfig
 from jaxfw.core.distributed import barrier, current
 from jaxfw.core.errors import InputError
+from jaxfw.core.hardware import peak_flops
 from jaxfw.data import (
     Corpus,
     Packed,
@@ -46,10 +46,9 @@ class Data:
         """What there is, for the terminal."""
         found = self.batches.describe()
         padding = f", {100 * found['padding']:.1f} % padding" if "padding" in found else ""
-        return (
-            f"{found['tokens']:,} tokens of {found['documents']:,} documents, {self.batches.rows_per_epoch:,} rows a pass"
-            f"{padding}; {sum(len(batch['tokens']) for batch in self.held_out):,} rows held out"
-        )
+        read = f"{found['tokens']:,} tokens of {found['documents']:,} documents"
+        held_out = sum(len(batch["tokens"]) for batch in self.held_out)
+        return f"{read}, {self.batches.rows_per_epoch:,} rows a pass{padding}; {held_out:,} rows held out"
 
     def work(self, c: TrainingConfig, config: DecoderConfig, mesh: Mesh) -> Work:
         """What a step does, and the peak of the mesh's devices where it is known."""
@@ -67,8 +66,8 @@ def read(c: TrainingConfig, config: DecoderConfig, workdir: Path | None) -> Data
     tokenizer = _tokenizer(c, config, workdir)
     if tokenizer.vocab_size > config.vocab:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model a vocabulary of {config.vocab}: give the one that "
-            "belongs to the model (config.tokenizer), or a larger model.vocab."
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model a vocabulary of {config.vocab}: give the one "
+            "that belongs to the model (config.tokenizer), or a larger model.vocab."
         )
     if c.train.length > config.context:
         raise InputError(f"train.length={c.train.length} exceeds the model's {config.context} positions: lower it.")

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
-from jaxfw.train.lora import LoRAConfig
-
 from jaxfw.core.config import to_dataclass
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.mesh import parse_mesh
 from jaxfw.models import DecoderConfig
 from jaxfw.train import OptimizerConfig
+from jaxfw.train.lora import LoRAConfig
 
 PACKINGS = ("documents", "stream")
 QUANTISED = ("", "int8", "int4")

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from jaxfw.core.distributed import current
 from jaxfw.core.errors import InputError, RunError
 from jaxfw.core.shapes import PyTree
 
@@ -118,6 +119,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
+        if kind is not None and current().count > 1:
+            return  # a save in the background would wait for processes that may be gone
         try:
             self.close()
         except RunError:
