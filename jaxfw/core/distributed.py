@@ -30,7 +30,7 @@ FLAGS = {
     "local-devices": "the GPUs of this machine that this process takes, as in 0,1",
 }
 JOIN_SECONDS = 300.0
-HEARTBEAT_SECONDS = 60.0
+HEARTBEAT_SECONDS = 40.0
 GRACE = 1.0  # seconds that a failing process 0 leaves the others to say what happened to them
 
 _joined: Processes | None = None

@@ -54,7 +54,7 @@ class RandomWindows:
 
     def __post_init__(self):
         check_sizes(self.batch, self.length, self.seed)
-        _check_room(self._corpus.size, self.length)
+        _check_room(self.tokens.size, self.length)
 
     @functools.cached_property
     def _corpus(self) -> Corpus:
