@@ -130,7 +130,7 @@ def _encode_texts(tokenizer: Tokenizer, numbered: list[tuple[int, Any]]) -> Iter
             hint = " Conversations are read with chat." if isinstance(text, list | tuple) else ""
             raise InputError(f"document {number} is {text!r:.60}, not a text: choose another column.{hint}")
     try:
-        encodings = tokenizer.backend.encode_batch([text for _, text in numbered])
+        encodings = tokenizer.backend.encode_batch_fast([text for _, text in numbered])
     except TypeError:  # what the library says of a str that is not valid Unicode; `encode` names the text
         for _, text in numbered:
             tokenizer.encode(text)
