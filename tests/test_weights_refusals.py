@@ -269,7 +269,7 @@ def test_git_lfs_pointers(saved, name):
 def test_adapters(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    refused(tmp_path, "holds an adapter (adapter_config.json)", "merge_and_unload()")
+    refused(tmp_path, "holds an adapter (adapter_config.json)", "export BASE NEW --adapter=")
 
 
 def test_weights_that_are_not_finite_are_not_quantised(saved):

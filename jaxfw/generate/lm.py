@@ -34,6 +34,7 @@ from jaxfw.generate.suggestions import (
     suggested_sampling,
 )
 from jaxfw.models import DecoderConfig
+from jaxfw.models.lora import adapt
 from jaxfw.weights.tensors import read_json
 
 Texts = TypeVar("Texts", str, list[str])
@@ -295,8 +296,12 @@ def load(
     dtype: str | None = None,
     softmax_dtype: str = "float32",
     quantise: str | None = None,
+    adapter: str | Path | None = None,
 ) -> LM:
-    """A Hugging Face model directory as an `LM`; the keywords are those of `jaxfw.weights.load`.
+    """A Hugging Face model directory as an `LM`; the keywords are those of `jaxfw.weights.load`, and an `adapter`.
+
+    An `adapter` is a directory that PEFT, or a training run, wrote for this model. It is kept beside the model's
+    matrices, which may be quantised; `python -m jaxfw.weights export` merges the two instead.
 
     Texts end with `eos_token_id` of generation_config.json, else of config.json, else the tokenizer's; and before its
     `stop_strings`, which hold in every call as the ids do. How that file says to draw is left to the caller
@@ -319,13 +324,17 @@ def load(
     checkpoint = weights.load(
         directory, mesh=mesh, param_dtype=param_dtype, dtype=dtype, softmax_dtype=softmax_dtype, quantise=quantise
     )
+    params = checkpoint.params
+    if adapter is not None:
+        model_type = checkpoint.attributes.get("model_type")
+        params = adapt(params, *weights.load_adapters(adapter, checkpoint.config, mesh=mesh, model_type=model_type))
     tokenizer = load_tokenizer(directory)
     path = directory / GENERATION
     generation = read_json(path) if path.is_file() else {}
     say_unfollowed(directory, generation)
     stop_ids = stop_ids_of({GENERATION: generation, "config.json": checkpoint.attributes}, tokenizer)
     return LM(
-        checkpoint.config, checkpoint.params, tokenizer, stop_ids, checkpoint.attributes, generation,
+        checkpoint.config, params, tokenizer, stop_ids, checkpoint.attributes, generation,
         stop_strings_of(generation), mesh,
     )  # fmt: skip
 

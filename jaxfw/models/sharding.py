@@ -25,6 +25,9 @@ _TABLE: tuple[Spec, ...] = (
     ("tensor", "fsdp"), (None, ("fsdp", "tensor")), ("tensor", None), (None, "fsdp"), (None, "tensor"), (None, None),
 )  # fmt: skip
 _VECTOR: tuple[Spec, ...] = (("tensor",), (None,))
+# Of an adapter, whose other axis is its rank: as the kernel's inputs lie, and as its outputs do.
+_A = {"fsdp": (("fsdp", None), (None, None)), "tensor": (("tensor", None), (None, None))}
+_B = {"fsdp": ((None, "fsdp"), (None, None)), "tensor": ((None, "tensor"), (None, None))}
 
 
 def _experts(into: bool) -> tuple[Spec, ...]:
@@ -38,7 +41,7 @@ def _experts(into: bool) -> tuple[Spec, ...]:
 
 
 def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """The rules for every parameter of a decoder, dense or with experts, its layers apart or stacked.
+    """The rules for every parameter of a decoder and of its adapters, dense or with experts, layers apart or stacked.
 
     A router with parameters of its own names needs a `Rule` beside these.
     """
@@ -61,6 +64,14 @@ def decoder_rules(config: DecoderConfig) -> tuple[Rule, ...]:
         Rule(rf"{_LAYER}moe/router/scale", ((),), why=_SMALL),
         Rule(rf"{_LAYER}moe/experts/(gate|up){_PARTS}", _experts(into=True)),
         Rule(rf"{_LAYER}moe/experts/down{_PARTS}", _experts(into=False)),
+        Rule(rf"{_LAYER}(attn/[qkv]|(mlp|moe/shared)/(gate|up)|moe/shared_gate)/kernel/a", _A["fsdp"]),
+        Rule(rf"{_LAYER}attn/q/kernel/b", _B["tensor"], units=(None, H)),
+        Rule(rf"{_LAYER}attn/[kv]/kernel/b", _B["tensor"], units=(None, K)),
+        Rule(rf"{_LAYER}(mlp|moe/shared)/(gate|up)/kernel/b", _B["tensor"]),
+        Rule(rf"{_LAYER}attn/o/kernel/a", _A["tensor"], units=(H, None)),
+        Rule(rf"{_LAYER}(mlp|moe/shared)/down/kernel/a", _A["tensor"]),
+        Rule(rf"{_LAYER}(attn/o|(mlp|moe/shared)/down)/kernel/b", _B["fsdp"]),
+        Rule(rf"{_LAYER}moe/shared_gate/kernel/b", ((None, None),), why=_SMALL),
     )
 
 

@@ -3,11 +3,13 @@
 python -m jaxfw.weights inspect DIR
 """
 
+from jaxfw.weights.adapters import load_adapters, save_adapters
 from jaxfw.weights.arrays import abstract_params, quantise_params
 from jaxfw.weights.directory import Checkpoint, load, load_config
 from jaxfw.weights.memory import device_bytes, preflight
 from jaxfw.weights.saving import save
 
 __all__ = [
-    "Checkpoint", "abstract_params", "device_bytes", "load", "load_config", "preflight", "quantise_params", "save",
+    "Checkpoint", "abstract_params", "device_bytes", "load", "load_adapters", "load_config", "preflight",
+    "quantise_params", "save", "save_adapters",
 ]  # fmt: skip

@@ -2,13 +2,13 @@
 
     python -m jaxfw.weights inspect DIR [--mesh=tensor=2] [--quantise=int4]
     python -m jaxfw.weights verify DIR [--write]
-    python -m jaxfw.weights export SOURCE TARGET [--param-dtype=bfloat16] [--shard-bytes=5000000000]
+    python -m jaxfw.weights export SOURCE TARGET [--param-dtype=bfloat16] [--shard-bytes=5000000000] [--adapter=DIR]
 
 inspect: family, configuration, tensors, what is missing or would be ignored, bytes of each device of a mesh; fails
-where it would not load. verify:
-sums against SHA256SUMS, structure, numbers that are not finite; --write makes SHA256SUMS. export: a model directory, or
-a workdir's model, to a new directory. Exit codes: 0; 1 when a check or the export fails; 2 when what was given cannot
-be used. --traceback shows where an error came from.
+where it would not load. verify: sums against SHA256SUMS, structure, numbers that are not finite; --write makes
+SHA256SUMS. export: a model directory, or a workdir's model, to a new directory; --adapter=DIR, of PEFT or of a run, is
+merged into it. Exit codes: 0; 1 when a check or the export fails; 2 when what was given cannot be used. --traceback
+shows where an error came from.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _parser() -> _Parser:
     for name, act, positional, flags in (
         ("inspect", _inspect, ("directory",), ("--mesh", "--quantise")),
         ("verify", _verify, ("directory",), ()),
-        ("export", _export, ("source", "target"), ("--param-dtype", "--shard-bytes")),
+        ("export", _export, ("source", "target"), ("--param-dtype", "--shard-bytes", "--adapter")),
     ):
         command = commands.add_parser(name, allow_abbrev=False, add_help=False)
         command.set_defaults(act=act)
@@ -109,7 +109,10 @@ def _export(options: argparse.Namespace) -> int:
     if given is not None and (not given.replace("_", "").isdecimal() or int(given) < 1):
         raise InputError(f"--shard-bytes={given!r} must be a whole number of bytes, as in --shard-bytes=5000000000.")
     size = SHARD_BYTES if given is None else int(given)
-    print(f"written: {export(options.source, options.target, param_dtype=options.param_dtype, shard_bytes=size)}")
+    written = export(
+        options.source, options.target, param_dtype=options.param_dtype, shard_bytes=size, adapter=options.adapter
+    )
+    print(f"written: {written}")
     return OK
 
 

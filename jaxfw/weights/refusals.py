@@ -49,8 +49,9 @@ def check_files(directory: Path) -> None:
     gguf = [name for name in names if name.endswith(".gguf")]
     if "adapter_config.json" in names:
         raise InputError(
-            f"{directory} holds an adapter (adapter_config.json), not a model; adapters are not read. Merge it into "
-            "its base model once, by PEFT's merge_and_unload() and save_pretrained(), and give that directory."
+            f"{directory} holds an adapter (adapter_config.json), not a model: give its base model's directory, and "
+            "the adapter beside it, jaxfw.load(BASE, adapter=...); or merge the two, `python -m jaxfw.weights export "
+            "BASE NEW --adapter=...`."
         )
     if gguf:
         raise InputError(f"{directory} holds GGUF files ({gguf[0]}): {_REMEDY}.")

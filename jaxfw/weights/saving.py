@@ -23,6 +23,7 @@ from jaxfw.core.shapes import PyTree
 from jaxfw.models import DecoderConfig
 from jaxfw.models.hub_names import Stored
 from jaxfw.nn.config import DTYPES
+from jaxfw.ops.adapted import Adapted
 from jaxfw.ops.quant import Quantised
 from jaxfw.weights import layout, tensors
 from jaxfw.weights.families import choose
@@ -81,6 +82,30 @@ def save(
     return directory
 
 
+def save_files(directory: Path, files: Mapping[str, bytes | str]) -> Path:
+    """A directory of small files, by their paths in it: whole or not at all, as `save`; all processes must call this.
+
+    Raises:
+        InputError: the directory is in use.
+        RunError: it cannot be written.
+    """
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+
+    def write() -> None:
+        _check_free(directory)
+        try:
+            partial.mkdir(parents=True)
+            _write_extra(partial, files)
+            _sync(partial)
+            partial.rename(directory)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(f"{directory} cannot be written ({error}): nothing was saved.") from error
+
+    _agree(write)
+    return directory
+
+
 def _check_free(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not empty: give a new directory, or remove it first.")
@@ -112,7 +137,7 @@ def _write_tensors(folder: Path, stored: Mapping[str, Stored], flat: Mapping[str
         except OSError as error:
             failure = error
     for path, entry in stored.items():
-        value = _on_host(flat[path])
+        value = on_host(flat[path])
         if jax.process_index() == 0 and failure is None:
             try:
                 _write_parameter(folder, places, entry, value)
@@ -128,7 +153,7 @@ def _write_tensors(folder: Path, stored: Mapping[str, Stored], flat: Mapping[str
     _agree(finish)
 
 
-def _on_host(value: Any) -> np.ndarray:
+def on_host(value: Any) -> np.ndarray:
     """The whole parameter; of one that lies on devices of several processes, all of them must ask."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
@@ -230,6 +255,12 @@ def _check_params(config: DecoderConfig, flat: Mapping[str, Any]) -> None:
         raise InputError(
             f"params are quantised ({tensors.few(quantised, most=1)}), and files of the Hub hold weights in full: "
             "load the directory that they came from without quantise=, and save that."
+        )
+    adapted = [path for path, leaf in flat.items() if isinstance(leaf, Adapted)]
+    if adapted:
+        raise InputError(
+            f"params have adapters beside them ({tensors.few(adapted, most=1)}), which no file of a model holds: "
+            "jaxfw.models.lora.merge them first, or save_adapters alone."
         )
     shapes = layout.flat_shapes(config)
     if set(flat) != set(shapes):
