@@ -23,17 +23,36 @@ def parameter_bytes(config: DecoderConfig) -> int:
 
 
 def forward_flops(config: DecoderConfig, *, batch: int, length: int) -> int:
-    """Operations of one forward over `batch` rows of `length` tokens; a training step takes three times as many.
+    """Operations of one forward over `batch` rows of `length` tokens.
 
     >>> llama_2_7b = DecoderConfig(vocab=32000, width=4096, ffn=11008, layers=32, heads=32, kv_heads=32, head_dim=128,
     ...                            positions=4096)
     >>> round(forward_flops(llama_2_7b, batch=1, length=4096) / 4096 / 1e9, 2)  # GFLOP per token
     14.29
     """
-    layers = range(config.layers)
-    weights = sum(_layer_weights(config, i) for i in layers) + config.vocab * config.width
-    pairs = sum(_attended(config.at(i).window, length) for i in layers)
-    return 2 * batch * (length * weights + 2 * config.heads * config.head_dim * pairs)
+    return batch * (_weight_flops(config, length) + _attention_flops(config, length))
+
+
+def train_flops(config: DecoderConfig, *, batch: int, length: int, is_base_frozen: bool = False) -> int:
+    """Operations of a training step on `batch` rows: the forward, and twice as many for gradients.
+
+    Each product has two gradients, of either factor. Under adapters (`is_base_frozen`) weights need none of their own,
+    which leaves two times their share and three times attention's; the adapters themselves count nothing (about R / D).
+    Rematerialisation, padding, the router's losses and the optimiser count nothing either.
+    """
+    weights, attention = _weight_flops(config, length), _attention_flops(config, length)
+    return batch * ((2 if is_base_frozen else 3) * weights + 3 * attention)
+
+
+def _weight_flops(config: DecoderConfig, length: int) -> int:
+    weights = sum(_layer_weights(config, i) for i in range(config.layers)) + config.vocab * config.width
+    return 2 * length * weights
+
+
+def _attention_flops(config: DecoderConfig, length: int) -> int:
+    """Scores, and their product with the values."""
+    pairs = sum(_attended(config.at(i).window, length) for i in range(config.layers))
+    return 4 * config.heads * config.head_dim * pairs
 
 
 def _layer_weights(config: DecoderConfig, layer: int) -> int:
