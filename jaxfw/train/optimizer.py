@@ -105,10 +105,15 @@ def make_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
     """
     updates, left = divmod(steps, config.accumulate)
     if left:
-        near = max(steps - left, config.accumulate)
+        near = f"{steps - left} or " if updates else ""
         raise InputError(
             f"train.steps={steps} is no multiple of optimizer.accumulate={config.accumulate}: the last {left} would "
-            f"change nothing. Take {near} or {steps - left + config.accumulate} steps."
+            f"change nothing. Take {near}{steps - left + config.accumulate} steps."
+        )
+    if config.accumulate > 1 and config.warmup >= updates:
+        raise InputError(
+            f"optimizer.warmup={config.warmup} must be below the run's {updates} updates (of {config.accumulate} steps "
+            "each)."
         )
     return schedule_of(
         config.schedule, peak=config.learning_rate, warmup=config.warmup, updates=updates, final=config.final,
