@@ -62,7 +62,7 @@ OTHER = {
 # Of a window that is switched off, its size and its layers say nothing.
 IDLE = {"sliding_window", "max_window_layers"}
 # Values of NEUTRAL attributes that published files hold, and another one.
-REFUSED = {"hidden_act": "gelu", "attention_dropout": 0.1, "rope_interleaved": True, "use_mrope": True}
+REFUSED = {"hidden_act": "gelu", "rope_interleaved": True, "use_mrope": True}
 
 
 def flipped(attributes, key):

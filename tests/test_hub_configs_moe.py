@@ -53,7 +53,7 @@ IDLE = {model_type: {"sliding_window", "max_window_layers"} for model_type in ("
 
 
 # Attributes of which only one value is read.
-REFUSED = {"attention_dropout", "clip_qkv", "hidden_act", "layer_types", "router_jitter_noise", "scoring_func"}
+REFUSED = {"clip_qkv", "hidden_act", "layer_types", "router_jitter_noise", "scoring_func"}
 
 # A second name of what the file says already; a window.
 ALSO_REFUSED = {"qwen3_moe": {"num_local_experts"}, "qwen2_moe": {"use_sliding_window"}}

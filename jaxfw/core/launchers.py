@@ -23,6 +23,7 @@ from jaxfw.core.errors import InputError
 FIRST_PORT, PORTS = 61440, 4096
 # SLURM bound GPUs to tasks: each task sees its own only.
 _BOUND = ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_BIND", "SLURMD_TRES_BIND")
+_UNBOUND = re.compile(r"(.*[,:])?none")  # --gpu-bind=none, which also lifts what --gpus-per-task binds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,11 @@ def resolve(given: Found, environ: Mapping[str, str], *, devices: tuple[int, ...
         for name in ("coordinator", "processes", "process_id")
     )
     if not _is_asked(sources):
+        if devices is not None:
+            raise InputError(
+                f"--local-devices={','.join(map(str, devices))} is for one of several processes: alone, set "
+                "CUDA_VISIBLE_DEVICES."
+            )
         return Processes()
     if processes is None or index is None or coordinator is None:
         raise _missing(sources, coordinator, processes, index)
@@ -169,8 +175,13 @@ def _slurm(environ: Mapping[str, str]) -> Found:
     return Found(
         "SLURM", f"{first_host(nodes)}:{FIRST_PORT + (job * 7 + step) % PORTS}" if nodes else None,
         _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID"),
-        _number(environ, "SLURM_LOCALID") or 0, siblings[node], any(name in environ for name in _BOUND),
+        _number(environ, "SLURM_LOCALID") or 0, siblings[node], _is_bound(environ),
     )  # fmt: skip
+
+
+def _is_bound(environ: Mapping[str, str]) -> bool:
+    given = [environ[name] for name in _BOUND if environ.get(name)]
+    return bool(given) and not any(_UNBOUND.fullmatch(text) for text in given)
 
 
 def first_host(nodes: str) -> str:

@@ -6,6 +6,7 @@ from jaxfw.models.decoder import (
     attention_spec,
     default_router,
     embed,
+    final,
     first_step,
     head,
     init,
@@ -14,6 +15,7 @@ from jaxfw.models.decoder import (
     route,
     router_states,
     run_experts,
+    vocabulary,
 )
 from jaxfw.models.stacked import stack_layers, unstack_layers
 from jaxfw.models.taps import Collect, Edit, Moment
@@ -23,6 +25,6 @@ from jaxfw.ops.rope import Rope
 
 __all__ = [
     "Collect", "DecoderConfig", "Edit", "LayerOutput", "MoEConfig", "Moment", "Output", "Rope", "attend_half",
-    "attention_spec", "default_router", "embed", "first_step", "forward", "head", "init", "layer", "mlp_half",
-    "remat_layer", "route", "router_states", "run_experts", "stack_layers", "trunk", "unstack_layers",
+    "attention_spec", "default_router", "embed", "final", "first_step", "forward", "head", "init", "layer", "mlp_half",
+    "remat_layer", "route", "router_states", "run_experts", "stack_layers", "trunk", "unstack_layers", "vocabulary",
 ]  # fmt: skip

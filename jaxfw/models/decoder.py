@@ -23,9 +23,10 @@ from jaxfw.models.routing import Experts, ExpertStats, RouteContext, Router, Rou
 from jaxfw.models.sharding import state_spec
 from jaxfw.models.taps import Sites, Taps
 from jaxfw.nn.config import DecoderConfig
-from jaxfw.nn.layers import Block, Decoder, Embedding, Head
+from jaxfw.nn.layers import Block, Decoder, Embedding, Head, Norm
 from jaxfw.ops.attention import attend
 from jaxfw.ops.attention_rows import attention_lse
+from jaxfw.ops.quant import Quantised
 from jaxfw.ops.rope import rotate, rotation
 from jaxfw.ops.segments import document_lengths, starts
 
@@ -120,6 +121,18 @@ def head(
     """Logits from the residual stream after the last layer; `params` is the whole tree, `sites` a `Sites` for taps."""
     table = params["embed"]["embedding"] if config.tie_embeddings else None
     return constrain(_apply(Head(config), params["head"], x, table, sites), BATCH_AXES, None, "tensor")
+
+
+def final(
+    config: DecoderConfig, params: PyTree, x: Float[Array, "B T D"], *, sites: SiteFn = _no_sites
+) -> Float[Array, "B T D"]:
+    """`head` without its product: hidden states behind the last norm, for `vocabulary` to meet in parts."""
+    return sites("final", _apply(Norm(config, config.norm), params["head"]["norm"], x))
+
+
+def vocabulary(config: DecoderConfig, params: PyTree) -> Float[Array, "V D"] | Quantised:
+    """The matrix that `head` multiplies by: the embedding where tied."""
+    return params["embed"]["embedding"] if config.tie_embeddings else params["head"]["lm_head"]
 
 
 def attend_half(

@@ -18,7 +18,7 @@ IRRELEVANT = frozenset(
     "_name_or_path architectures auto_map bos_token_id eos_token_id pad_token_id transformers_version "
     "transformers_js_config use_cache dtype torch_dtype pretraining_tp model_type unsloth_version unsloth_fixed "
     "return_dict output_hidden_states output_attentions id2label label2id problem_type task_specific_params "
-    "chunk_size_feed_forward is_encoder_decoder max_window_layers _attn_implementation_autoset tokenizer_class "
+    "chunk_size_feed_forward max_window_layers _attn_implementation_autoset tokenizer_class "
     "is_llama_config max_sequence_length transformers.js_config finetuning_task prefix sep_token_id use_bfloat16 "
     "decoder_start_token_id tf_legacy_loss "
     # How to decode, which older libraries wrote here and generation_config.json holds today.
@@ -27,16 +27,18 @@ IRRELEVANT = frozenset(
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate "
     "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
     "begin_suppress_tokens "
+    # Of training.
+    "attention_dropout "
     # How the losses of routers enter a training loss, which `NextTokenLoss.router_losses` says here.
     "router_aux_loss_coef aux_loss_alpha seq_aux output_router_logits".split()
 )
 
 # Attributes that do nothing at this value; at any other they would change results, and are refused.
 NEUTRAL = {
-    "attention_dropout": 0.0,
     "hidden_act": "silu",
     "activation": "swiglu",
     "add_cross_attention": False,
+    "is_encoder_decoder": False,
     "is_decoder": (False, True),
     "partial_rotary_factor": 1.0,
     "pruned_heads": {},

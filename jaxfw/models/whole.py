@@ -136,15 +136,19 @@ def remat_layer(
     policy: CachePolicy | None = None,
     room: int = 0,
     write: bool = True,
+    saveable: Callable[..., bool] | None = None,
     **arrays: Any,
 ) -> LayerOutput:
-    """`layer`, run again for its gradient instead of keeping what is inside of it (`jax.checkpoint`)."""
+    """`layer`, run again for its gradient instead of keeping what is inside of it (`jax.checkpoint`).
+
+    `saveable`, of `jax.checkpoint_policies`, says what is kept all the same; None keeps the layer's input alone.
+    """
 
     def run(params, x, step, arrays):
         values = {"router": router, "experts": experts, "policy": policy, "room": room, "write": write}
         return layer(config, params, x, step, **values, **arrays)
 
-    return jax.checkpoint(run)(params, x, step, arrays)
+    return jax.checkpoint(run, policy=saveable)(params, x, step, arrays)
 
 
 def _stack(layers: list[dict[str, Array]]) -> dict[str, Array]:
@@ -191,6 +195,7 @@ def forward(
     unit_id: Int[Array, "B T"] | None = None,
     key: PRNGKeyArray | None = None,
     run_layer: Callable[..., LayerOutput] = layer,
+    run_head: Callable[..., Array] = head,
 ) -> Output:
     """Logits of every token, in one trace.
 
@@ -217,6 +222,7 @@ def forward(
         unit_id: which unit each token belongs to, for policies that keep whole units.
         key: for policies that draw and, without a cache, for routers that do; one, or one a row.
         run_layer: stands in for `layer`: `remat_layer`, for instance.
+        run_head: stands in for `head`: with `final`, `Output.logits` are the hidden states that meet the vocabulary.
     """
     check_tokens(config, tokens, lengths, unit_id, segment_ids)
     B, T = tokens.shape
@@ -232,5 +238,5 @@ def forward(
         state=state, taps=taps, collected=tuple(sites.collected), run_layer=run_layer,
     )  # fmt: skip
     sites = Sites(taps, step, out.collected)
-    logits = head(config, params, out.x, sites=sites)
+    logits = run_head(config, params, out.x, sites=sites)
     return Output(logits, out.cache, out.losses, out.metrics, out.state, tuple(sites.collected))

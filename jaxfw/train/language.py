@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfw.core.errors import unknown
+from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models import DecoderConfig, Output, forward, router_states
+from jaxfw.models import DecoderConfig, Output, final, forward, head, layer, remat_layer, router_states, vocabulary
 from jaxfw.models.routing import Experts, Router
 from jaxfw.ops import routing
-from jaxfw.ops.losses import token_log_probs
+from jaxfw.ops.losses import chunked_log_probs, summed_nll, token_log_probs
 from jaxfw.train.step import Aux
 
 Batch = Mapping[str, Array]
+REMAT = {"layer": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 LEAST_WEIGHT = 1e-6  # of a batch that trains on nothing
 ROUTERS = "routers"  # where a training state keeps the routers' own
 
@@ -37,6 +38,15 @@ class NextTokenLoss:
     | "joint_balance" | balance of sums over layers (`routing.joint_balance_loss`); `per_token` where those are even |
     | "z" | mean over layers of logsumexp(logits)^2 |
 
+    With `chunk`, the logits of so many tokens of a row exist at once (`jaxfw.ops.losses.summed_nll`). `remat` says what
+    a layer keeps for its gradient, and what it computes again:
+
+    | remat | kept of a layer | computed again |
+    |---|---|---|
+    | None | everything that the gradient reads, but attention's weights | attention's weights |
+    | "products" | its input, and results of its products with kernels | all else: norms, attention, activations |
+    | "layer" | its input | the whole layer: a third more operations |
+
     Fine-tuning in transformers adds `router_aux_loss_coef` x "joint_balance" for Mixtral, Qwen-MoE and OLMoE.
     """
 
@@ -44,6 +54,14 @@ class NextTokenLoss:
     router: Router | None = None
     experts: Experts | None = None
     router_losses: tuple[tuple[str, float], ...] = ()
+    chunk: int | None = None
+    remat: str | None = None
+
+    def __post_init__(self):
+        if self.remat is not None and self.remat not in REMAT:
+            raise unknown("loss.remat", self.remat, REMAT)
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"loss.chunk={self.chunk} must be at least 1 token of a row, or None for all at once.")
 
     def init_state(self) -> PyTree:
         """The training state's `state` before the first batch."""
@@ -53,8 +71,12 @@ class NextTokenLoss:
     def __call__(
         self, params: PyTree, batch: Batch, key: PRNGKeyArray, *, state: PyTree
     ) -> tuple[Float[Array, ""], Aux]:
-        by_row, weights, out = self._forward(params, batch, state, key)
-        nll = jnp.sum(by_row) / jnp.maximum(jnp.sum(weights), LEAST_WEIGHT)
+        out, targets, weights = self._forward(params, batch, state, key), batch["tokens"][:, 1:], target_weights(batch)
+        if self.chunk is None:
+            total = -jnp.sum(weights * token_log_probs(out.logits, targets))
+        else:
+            total = summed_nll(out.logits, vocabulary(self.config, params), targets, weights, chunk=self.chunk)
+        nll = total / jnp.maximum(jnp.sum(weights), LEAST_WEIGHT)
         losses, total = _router_losses(out), nll
         for name, weight in self.router_losses:
             if name not in losses:
@@ -66,18 +88,22 @@ class NextTokenLoss:
 
     def rows(self, params: PyTree, batch: Batch, *, state: PyTree) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
         """Of each row, the weighted sum of negative log-likelihoods in nats, and the sum of the weights."""
-        by_row, weights, _ = self._forward(params, batch, state, None)
-        return by_row, weights
+        out, targets, weights = self._forward(params, batch, state, None), batch["tokens"][:, 1:], target_weights(batch)
+        if self.chunk is None:
+            log_probs = token_log_probs(out.logits, targets)
+        else:
+            log_probs = chunked_log_probs(out.logits, vocabulary(self.config, params), targets, chunk=self.chunk)
+        return -jnp.sum(weights * log_probs, axis=1), jnp.sum(weights, axis=1)
 
-    def _forward(self, params: PyTree, batch: Batch, state: PyTree, key: PRNGKeyArray | None):
-        tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
-        out = forward(
-            self.config, params, tokens[:, :-1], router=self.router, experts=self.experts, state=state.get(ROUTERS),
-            key=key, segment_ids=None if segment_ids is None else segment_ids[:, :-1],
+    def _forward(self, params: PyTree, batch: Batch, state: PyTree, key: PRNGKeyArray | None) -> Output:
+        """What the model makes of a batch: logits, or with `chunk` the hidden states in their place."""
+        segment_ids = batch.get("segment_ids")
+        return forward(
+            self.config, params, batch["tokens"][:, :-1], router=self.router, experts=self.experts,
+            state=state.get(ROUTERS), key=key, segment_ids=None if segment_ids is None else segment_ids[:, :-1],
+            run_layer=layer if self.remat is None else partial(remat_layer, saveable=REMAT[self.remat]),
+            run_head=head if self.chunk is None else final,
         )  # fmt: skip
-        weights = target_weights(batch)
-        by_row = -jnp.sum(weights * token_log_probs(out.logits, tokens[:, 1:]), axis=1)
-        return by_row, jnp.sum(weights, axis=1), out
 
 
 def target_weights(batch: Batch) -> Float[Array, "B T"]:

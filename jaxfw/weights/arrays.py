@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxfw.core.errors import InputError
+from jaxfw.core.mesh import make_mesh
 from jaxfw.core.shapes import PyTree
 from jaxfw.core.sharding import shardings
 from jaxfw.models import DecoderConfig
@@ -171,8 +172,9 @@ class _QuantisedParts:
         name = self.stored.names[where[0].start if len(where) == 3 else 0]
         w = layout.read(self.reader, self.stored, where, np.dtype(np.float32))
         options = {"bits": self.leaf.bits, "axis": self.leaf.axis, "group": self.leaf.group}
-        found = _quantise(jax.device_put(w, jax.local_devices()[0]), **options)
-        found = jax.tree.map(np.asarray, found)
+        here = jax.local_devices()[0]
+        with jax.set_mesh(make_mesh(devices=[here])):  # whatever mesh the caller is in
+            found = jax.tree.map(np.asarray, _quantise(jax.device_put(w, here), **options))
         if not np.isfinite(found.scale).all():
             raise InputError(f"{name} holds values that are not finite: it cannot be quantised, or loaded to any use.")
         self.scales[_key(where)] = found.scale

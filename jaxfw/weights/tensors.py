@@ -205,7 +205,13 @@ def check_tied(reader: Reader, name: str, twin: str) -> None:
     """A tensor that is stored although it is tied must equal its twin."""
     if name not in reader.found:
         return
-    whole = [slice(0, size) for size in reader.found[name].shape]
+    given, wanted = reader.found[name].shape, reader.found[twin].shape
+    if given != wanted:
+        raise InputError(
+            f"the tensors do not fit config.json: {name} is {list(given)}, {twin} {list(wanted)}, though config.json "
+            "says tie_word_embeddings=true (set it to false)."
+        )
+    whole = [slice(0, size) for size in given]
     pairs = zip(reader.blocks(name, whole), reader.blocks(twin, whole), strict=True)
     if not all(np.array_equal(a, b) for (_, a), (_, b) in pairs):
         raise InputError(
