@@ -286,7 +286,7 @@ def test_clients_are_updated_together_as_alone(name):
     optimizer = make_optimizer(OPTIONS[name], steps=STEPS)
 
     def loss(params, batch, key, *, state):
-        return optax.tree.vdot(params, batch), Aux({}, state)
+        return jnp.asarray(optax.tree.vdot(params, batch)), Aux({}, state)
 
     def run(params, batch):
         state = init_state(params, optimizer)
