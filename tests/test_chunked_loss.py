@@ -127,5 +127,5 @@ def test_memory_falls_as_predicted():
 
 def test_a_chunk_that_is_none_is_refused():
     for chunk in (0, -1, 2.5):
-        with pytest.raises(InputError, match="chunk=.* must be a whole number from 1 on"):
+        with pytest.raises(InputError, match=r"chunk=.* must be a whole number from 1 on"):
             summed_nll(X, MATRIX, TARGETS, WEIGHTS, chunk=chunk)
