@@ -114,7 +114,9 @@ def test_figures_are_those_of_the_committed_results():
     assert not re.findall(r"@\w+@", README)
 
 
-FILES = ("parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load", "soak", "checkpoint")
+FILES = (
+    "parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load", "soak", "checkpoint",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)

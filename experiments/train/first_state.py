@@ -30,7 +30,8 @@ from jaxfw.weights.layout import flat_shapes
 
 def mesh_of(c: TrainingConfig) -> Mesh:
     """The mesh that is asked for; by default, everything cut over all devices (`fsdp`)."""
-    return make_mesh(**(parse_mesh(c.mesh) or {"fsdp": jax.device_count()}))
+    sizes: Any = parse_mesh(c.mesh) or {"fsdp": jax.device_count()}
+    return make_mesh(**sizes)
 
 
 def model_config(c: TrainingConfig) -> DecoderConfig:

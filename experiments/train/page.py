@@ -12,13 +12,13 @@ from experiments.train.evaluation import Scored
 from experiments.train.reading import Data
 from experiments.train.settings import TrainingConfig
 from jaxfw.models import DecoderConfig
-from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
+from jaxfw.models.accounting import parameter_bytes, parameter_count, train_flops
 from jaxfw.report import Curve, Interval, Plot, Table
 
 
 def describe_run(c: TrainingConfig, config: DecoderConfig) -> dict[str, Any]:
     """Parameters, bytes and operations."""
-    step = 3 * forward_flops(config, batch=c.train.batch, length=c.train.length)
+    step = train_flops(config, batch=c.train.batch, length=c.train.length, is_base_frozen=c.lora is not None)
     found = {
         "parameters": parameter_count(config),
         "parameter bytes": parameter_bytes(config),

@@ -24,7 +24,7 @@ from jaxfw.data import (
     train_bpe,
 )
 from jaxfw.models import DecoderConfig
-from jaxfw.models.accounting import forward_flops
+from jaxfw.models.accounting import train_flops
 from jaxfw.train.loop import Work
 from jaxfw.weights.exporting import model_folder
 
@@ -52,9 +52,8 @@ class Data:
 
     def work(self, c: TrainingConfig, config: DecoderConfig, mesh: Mesh) -> Work:
         """What a step does, and the peak of the mesh's devices where it is known."""
-        peak = peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
-        flops = 3 * forward_flops(config, batch=c.train.batch, length=c.train.length)
-        return Work(c.train.batch * c.train.length, flops, None if peak is None else peak * mesh.size)
+        flops = train_flops(config, batch=c.train.batch, length=c.train.length, is_base_frozen=c.lora is not None)
+        return Work(c.train.batch * c.train.length, flops, peak_flops(list(mesh.devices.flat), config.dtype))
 
 
 def read(c: TrainingConfig, config: DecoderConfig, workdir: Path | None) -> Data:
