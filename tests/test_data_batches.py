@@ -98,6 +98,16 @@ def test_windows_predict_each_token_once_an_epoch_up_to_a_rest(lengths, batch, l
         assert set(predicted.values()) <= {1} and len(stream) - 1 - len(predicted) < length
 
 
+def test_the_rest_of_an_epoch_falls_at_other_places():
+    windows = Windows(np.arange(16), 1, 8)
+    assert len({int(windows(step)["tokens"][0, 0]) for step in range(1, 40)}) == 8
+
+
+def test_the_first_token_of_a_piece_is_nothing_to_train_on():
+    source = corpus([3, 3], weights=np.array([1, 0, 0, 0, 0, 1]))
+    assert Packed(source, 1, 9)(1)["tokens"][0].tolist() == [3, 4, 5, 0, 0, 0, 0, 0, 0, 0]
+
+
 def predictions(row):
     """Pairs of tokens that the contract of a batch lets count."""
     segments, weights = row["segment_ids"], row.get("weights", np.ones(len(row["tokens"])))
@@ -202,6 +212,11 @@ def test_repetitions_can_be_predicted_and_first_sayings_are_not_trained_on():
         assert 3 <= period <= 7 or len(said) < 7, "cut at the row's end"
         np.testing.assert_array_equal(said[period:], said[: len(said) - period])
         assert trained[period:].all()
+
+
+def test_every_row_of_every_step_is_made_anew():
+    source = Procedural(Repeated(1000), 8, 30)
+    assert len({row.tobytes() for step in range(1, 6) for row in source(step)["tokens"]}) == 40
 
 
 def test_a_changed_generator_is_noticed():
