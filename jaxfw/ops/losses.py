@@ -8,6 +8,7 @@ is whole on every device of `tensor`, which all do the same work.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ class _Chunks:
         part = jax.lax.dynamic_slice_in_dim(x, i * self.size, self.size, axis=1)
         return part.reshape(self.S, -1, *part.shape[2:])
 
-    def at(self, i: Array) -> tuple[Float[Array, "S R D"], Int[Array, "S R"], Float[Array, "S R"] | None]:
+    def at(self, i: Array) -> tuple[Float[Array, "S R D"], Int[Array, "S R"], Any]:
         weights = None if self._weights is None else self._cut(self._weights, i)
         return self._cut(self._x, i), self._cut(self._targets, i), weights
 
@@ -123,6 +124,10 @@ class _Chunks:
         x, _, _ = self.at(i)
         logits = jnp.einsum("SRD,VD->SRV", x, self.matrix, preferred_element_type=jnp.float32)
         return constrain(logits, BATCH_AXES, None, "tensor")
+
+    def zeros(self) -> Float[Array, "S"]:
+        """For sums of each shard's own: one of all, in every chunk, would be a collective in every chunk."""
+        return constrain(jnp.zeros(self.S, jnp.float32), BATCH_AXES)
 
     def join(self, parts: Array) -> Array:
         """[n S R ...], of all chunks, as [B T ...]."""
@@ -152,9 +157,9 @@ def _summed_nll(x, matrix, targets, weights, chunk):
 
     def body(total, i):
         _, targets, weights = parts.at(i)
-        return total + jnp.sum(weights * _nll(parts.logits(i), targets)[0]), None
+        return total + jnp.sum(weights * _nll(parts.logits(i), targets)[0], axis=1), None
 
-    return jax.lax.scan(body, jnp.float32(0), jnp.arange(parts.n))[0]
+    return jnp.sum(jax.lax.scan(body, parts.zeros(), jnp.arange(parts.n))[0])
 
 
 def _summed_nll_forward(x, matrix, targets, weights, chunk):
@@ -181,11 +186,12 @@ def _summed_nll_forward(x, matrix, targets, weights, chunk):
         if wants_matrix:
             to_matrix += jnp.einsum("SRV,SRD->SVD", to_logits, rows, preferred_element_type=jnp.float32)
             to_matrix = constrain(to_matrix, BATCH_AXES, "tensor", None)
-        return (total + jnp.sum(weights * nll), to_x, to_matrix), nll if wants_weights else None
+        return (total + jnp.sum(weights * nll, axis=1), to_x, to_matrix), nll if wants_weights else None
 
-    to_x = jnp.zeros((parts.B, parts.n * parts.size, D), x.dtype) if wants_x else None
-    to_matrix = jnp.zeros((parts.S, V, D), jnp.float32) if wants_matrix else None
-    (total, to_x, to_matrix), nll = jax.lax.scan(body, (jnp.float32(0), to_x, to_matrix), jnp.arange(parts.n))
+    to_x: Any = jnp.zeros((parts.B, parts.n * parts.size, D), x.dtype) if wants_x else None
+    to_matrix: Any = jnp.zeros((parts.S, V, D), jnp.float32) if wants_matrix else None
+    nll: Any
+    (total, to_x, to_matrix), nll = jax.lax.scan(body, (parts.zeros(), to_x, to_matrix), jnp.arange(parts.n))
     to_x = to_x[:, : parts.T] if wants_x else None
     to_matrix = jnp.sum(to_matrix, axis=0) if wants_matrix else None
     to_weights = parts.join(nll) if wants_weights else None
@@ -195,7 +201,7 @@ def _summed_nll_forward(x, matrix, targets, weights, chunk):
         None if not wants_matrix else jnp.zeros(0, matrix.dtype),
         jnp.zeros(0, weights.dtype),
     )
-    return total, ((to_x, to_matrix, to_weights), like)
+    return jnp.sum(total), ((to_x, to_matrix, to_weights), like)
 
 
 def _summed_nll_backward(chunk, residuals, cotangent):
