@@ -75,6 +75,22 @@ def test_weights_of_a_run_are_fine_tuned_by_the_same_path(pretrained, launch, tm
     ).read_bytes()
 
 
+@pytest.mark.parametrize("quantise", ["", "int8"])
+def test_adapters_are_trained_beside_a_base_that_stays(pretrained, launch, tmp_path, quantise):
+    words = ("--config=configs/finetune.py:lora,smoke", "--config.data=docs", f"--config.init={pretrained}",
+             "--config.lora.rank=4", "--config.optimizer.learning_rate=2e-3", f"--config.quantise={quantise}")  # fmt: skip
+    code, _, err = launch(*words)
+    assert code == 0, err
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["validation"]
+    assert found["after"]["value"] < found["before"]["value"]
+    held = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints" / "6").rglob("*") if path.is_file())
+    adapters = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert held < 8 * adapters, "parameters and two moments of adapters, and nothing of the base"
+    base = jaxfw.load(pretrained / "model")
+    tuned = jaxfw.load(pretrained / "model", adapter=tmp_path / "run" / "adapter")
+    assert abs(tuned.logprobs("The model is") - base.logprobs("The model is")).max() > 1e-3
+
+
 def test_a_run_goes_on_from_another_ones_checkpoint(pretrained, launch, tmp_path):
     code, out, err = launch(*PRETRAIN, f"--config.resume={pretrained}", "--config.optimizer.weight_decay=0.2")
     assert code == 0 and f"resumed from {pretrained / 'checkpoints'}/6" in out, err

@@ -10,6 +10,7 @@ from jaxfw.core.distributed import barrier, current
 from jaxfw.data import Tokenizer
 from jaxfw.generate import LM
 from jaxfw.train import TrainState
+from jaxfw.weights import save_adapters
 
 
 def save_trained(c: TrainingConfig, begun: Start, state: TrainState, tokenizer: Tokenizer, workdir: Path) -> Path:
@@ -19,8 +20,6 @@ def save_trained(c: TrainingConfig, begun: Start, state: TrainState, tokenizer: 
         shutil.rmtree(target, ignore_errors=True)
     barrier("before the model is saved")
     if c.lora is not None:
-        from jaxfw.weights.adapters import save_adapters
-
         adapters = state.params
         save_adapters(target, begun.loss.config, adapters, c.lora, base=c.init)
         return target
