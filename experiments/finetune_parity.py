@@ -4,17 +4,19 @@
 
 A small LLaMA and a Qwen2-MoE, drawn as in `experiments.parity` (sharp attention: query and key projections x6), go
 through `save_pretrained` and `jaxfw.weights.load`. Both sides train in float32 for 50 steps by the same recipe: AdamW
-(eps 1e-8, weight decay on matrices), clipping by the global norm, warm-up and cosine, no dropout; here `NextTokenLoss`,
-`make_optimizer` and `make_step`, there a plain loop over `model(..., labels=...).loss`. Rows are walks on a random graph
-whose tokens have four successors each, so that there is something to learn. Qwen2-MoE also trains its balance loss:
-`router_aux_loss_coef` there is `router_losses=(("joint_balance", ...),)` here, as published (0.001) and larger.
+(eps 1e-8, weight decay on matrices), clipping by the global norm, warm-up and cosine, no dropout. Here that is
+`NextTokenLoss`, `make_optimizer` and `make_step`, there a plain loop over `model(..., labels=...).loss`. Rows are walks
+on a random graph, whose tokens have four successors each, so that there is something to learn; they are of unequal
+lengths, padded by segment ids here, by an attention mask and ignored labels there. Qwen2-MoE also trains its balance
+loss: `router_aux_loss_coef` there is `router_losses=(("joint_balance", ...),)` here, as published (0.001) and larger.
 
 An error is the largest difference of two loss curves, in nats. torch runs with both of its attention paths, which
 compute the same in another order: their distance from each other is what rounding alone does. A mixture's curve jumps
 where rounding lets a token choose another expert. So of every step and token the chosen experts of both sides are
-compared; `first_change` is the first step in which a choice differs, with the largest gap there between the k-th and the
-next probability, by torch. An outlier counts as explained only by a change behind a gap below `NEAR_TIE`.
-Each fault of `FAULTS` is planted alone in our side's recipe and must leave torch's curve by 100 times the tolerance.
+compared; `first_change` is the first step in which a choice differs, with the largest gap there between the k-th and
+the next probability, by torch. An outlier counts as explained only by a change behind a gap below `NEAR_TIE`, up to
+which the curves agree. Each fault of `FAULTS` is planted alone in our side's recipe and must leave torch's curve by 100
+times the tolerance; each of `VARIANTS` is another way to compute the same here.
 """
 
 import copy
@@ -68,7 +70,7 @@ def mixture(seed: int = 0) -> parity.Case:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A run: the loss of every step before its update, and every token's router probabilities [step L N E], if any."""
+    """A run: the loss of every step before its update, and the router probabilities [step L B T E], if any."""
 
     losses: np.ndarray
     probs: np.ndarray | None
@@ -76,12 +78,13 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The same model on both sides, untrained, and the batches of all steps [step B T+1]."""
+    """The same model on both sides, untrained, and the batches of all steps [step B T+1]; segment 0 is padding."""
 
     model: Any
     config: DecoderConfig
     params: Any
     tokens: np.ndarray
+    segment_ids: np.ndarray
 
 
 def build(case: parity.Case, *, steps: int = STEPS) -> Start:
@@ -95,7 +98,10 @@ def build(case: parity.Case, *, steps: int = STEPS) -> Start:
     walk = [rng.integers(0, checkpoint.config.vocab, (steps, BATCH), np.int32)]
     for _ in range(LENGTH):
         walk.append(successors[walk[-1], rng.integers(0, 4, walk[-1].shape)])
-    return Start(model, checkpoint.config, checkpoint.params, np.stack(walk, axis=-1))
+    lengths = rng.integers(LENGTH // 2, LENGTH + 2, (steps, BATCH, 1))
+    is_text = np.arange(LENGTH + 1) < lengths
+    tokens = np.where(is_text, np.stack(walk, axis=-1), 0)
+    return Start(model, checkpoint.config, checkpoint.params, tokens, is_text.astype(np.int32))
 
 
 def torch_curve(start: Start, path: str, *, coefficient: float | None = None) -> Curve:
@@ -113,10 +119,15 @@ def torch_curve(start: Start, path: str, *, coefficient: float | None = None) ->
     ]
     optimizer = torch.optim.AdamW(groups, betas=(RECIPE.b1, RECIPE.b2), eps=RECIPE.eps)
     rate, losses, probs = make_schedule(RECIPE, steps=len(start.tokens)), [], []
-    for step, tokens in enumerate(torch.from_numpy(start.tokens).long()):
-        targets = tokens[:, 1:].contiguous()
+    for step, (tokens, mask) in enumerate(
+        zip(*(torch.from_numpy(x).long() for x in (start.tokens, start.segment_ids)))
+    ):
+        targets = torch.where(mask[:, 1:] > 0, tokens[:, 1:], -100)
         # Without `shift_labels` it would shift `labels` itself, and give up the last target of each row.
-        out = model(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False, **options)
+        out = model(
+            input_ids=tokens[:, :-1], attention_mask=mask[:, :-1], labels=targets, shift_labels=targets,
+            use_cache=False, **options,
+        )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         out.loss.backward()
         assert RECIPE.clip_norm is not None
@@ -126,7 +137,8 @@ def torch_curve(start: Start, path: str, *, coefficient: float | None = None) ->
         optimizer.step()
         losses.append(out.loss.item())
         if coefficient is not None:
-            probs.append(torch.stack([logits.detach().softmax(-1) for logits in out.router_logits]).numpy())
+            by_layer = torch.stack([logits.detach().softmax(-1) for logits in out.router_logits])
+            probs.append(by_layer.unflatten(1, targets.shape).numpy())
     return Curve(np.array(losses), np.stack(probs) if probs else None)
 
 
@@ -141,19 +153,17 @@ def our_curve(
     update, key = make_step(loss, optimizer), jax.random.key(0)
     state = init_state(jax.tree.map(jnp.copy, start.params), optimizer, state=loss.init_state())
     found, probs = [], []
-    for tokens in start.tokens:
+    for tokens, segment_ids in zip(start.tokens, start.segment_ids):
         if coefficient is not None:
-            probs.append(np.asarray(_probs(start.config, state.params, tokens[:, :-1])))
-        state, metrics = update(state, {"tokens": jnp.asarray(tokens)}, key)
+            probs.append(np.asarray(_probs(start.config, state.params, tokens[:, :-1], segment_ids[:, :-1])))
+        state, metrics = update(state, {"tokens": tokens, "segment_ids": segment_ids}, key)
         found.append(float(metrics["train/loss"]))
-    if not probs:
-        return Curve(np.array(found), None)
-    return Curve(np.array(found), np.stack(probs).reshape(len(found), start.config.layers, -1, probs[0].shape[-1]))
+    return Curve(np.array(found), np.stack(probs) if probs else None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _probs(config: DecoderConfig, params: Any, tokens: Any) -> Any:
-    return forward(config, params, tokens, taps=(Collect("moe/probs"),)).taps[0]
+def _probs(config: DecoderConfig, params: Any, tokens: Any, segment_ids: Any) -> Any:
+    return forward(config, params, tokens, segment_ids=segment_ids, taps=(Collect("moe/probs"),)).taps[0]
 
 
 def difference(one: Curve, other: Curve) -> float:
@@ -166,18 +176,21 @@ def fall(curve: Curve) -> float:
     return float(1 - curve.losses[-5:].mean() / curve.losses[0])
 
 
-def choices(reference: Curve, other: Curve, k: int) -> dict[str, Any]:
-    """Near-ties of `reference`, and the first step in which `other` chooses another expert for some token."""
+def choices(reference: Curve, other: Curve, k: int, is_text: np.ndarray) -> dict[str, Any]:
+    """Near-ties of `reference`, and the first step in which `other` chooses another expert for some token.
+
+    `is_text` [step B T] leaves padding out.
+    """
     assert reference.probs is not None and other.probs is not None
     ordered = np.sort(reference.probs, axis=-1)[..., ::-1]
-    gaps = ordered[..., k - 1] - ordered[..., k]
+    gaps = np.where(is_text[:, None], ordered[..., k - 1] - ordered[..., k], np.inf)
     chosen = (np.sort(np.argsort(-probs, axis=-1, kind="stable")[..., :k]) for probs in (reference.probs, other.probs))
-    changed = np.any(np.not_equal(*chosen), axis=-1)
+    changed = np.any(np.not_equal(*chosen), axis=-1) & is_text[:, None]
     report: dict[str, Any] = {
-        "choices": int(gaps.size), "near_ties": int((gaps < NEAR_TIE).sum()), "smallest_gap": float(gaps.min()),
-        "changed": int(changed.sum()), "first_change": None,
+        "choices": int(np.isfinite(gaps).sum()), "near_ties": int((gaps < NEAR_TIE).sum()),
+        "smallest_gap": float(gaps.min()), "changed": int(changed.sum()), "first_change": None,
     }  # fmt: skip
-    steps = np.flatnonzero(changed.any(axis=(1, 2)))
+    steps = np.flatnonzero(changed.any(axis=(1, 2, 3)))
     if steps.size:
         step = int(steps[0])
         before = np.abs(reference.losses - other.losses)[: step + 1]
@@ -187,9 +200,11 @@ def choices(reference: Curve, other: Curve, k: int) -> dict[str, Any]:
     return report
 
 
-def compare(reference: Curve, other: Curve, k: int) -> dict[str, Any]:
+def compare(reference: Curve, other: Curve, start: Start) -> dict[str, Any]:
     """A row of the table of mixtures."""
-    error, found = difference(reference, other), choices(reference, other, k)
+    assert start.config.moe is not None
+    is_text = start.segment_ids[..., :-1] > 0
+    error, found = difference(reference, other), choices(reference, other, start.config.moe.per_token, is_text)
     first = found["first_change"]
     explained = first is not None and first["gap"] < NEAR_TIE and first["error_until"] <= TOLERANCE
     return {"error": error, **found, "ok": error <= TOLERANCE or explained}
@@ -203,6 +218,11 @@ class Fault:
     recipe: OptimizerConfig = RECIPE
     coefficient: float | None = None
     balance: str = "joint_balance"
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "logits in chunks of 16": {"chunk": 16}, "layers computed again": {"remat": "layer"},
+}  # fmt: skip
 
 
 def _recipe(**changes: Any) -> OptimizerConfig:
@@ -228,7 +248,7 @@ def fault_error(start: Start, fault: Fault, reference: Curve) -> float:
 
 def run() -> dict[str, Any]:
     """Everything; the report that `finetune_parity.json` holds."""
-    dense, faults = [], []
+    dense, faults, variants = [], [], {}
     for seed in range(SEEDS):
         start = build(llama(seed))
         theirs, ours = [torch_curve(start, path) for path in PATHS], our_curve(start)
@@ -237,6 +257,8 @@ def run() -> dict[str, Any]:
         print(f"llama {dense[-1]}", flush=True)
         if not seed:
             faults += [_fault_row(start, fault, theirs[0]) for fault in FAULTS if fault.coefficient is None]
+            variants = {name: difference(theirs[0], our_curve(start, **made)) for name, made in VARIANTS.items()}
+            print(variants, flush=True)
     mixtures = []
     for coefficient in COEFFICIENTS:
         for seed in range(SEEDS):
@@ -252,6 +274,7 @@ def run() -> dict[str, Any]:
     ]
     checks = {
         "llama": all(max(row["errors"].values()) <= TOLERANCE for row in dense),
+        "variants": max(variants.values()) <= TOLERANCE,
         "losses fall": min(row["fall"] for row in dense + mixtures) >= FALL,
         "medians": all(row[path] <= TOLERANCE for row in medians for path in PATHS),
         "outliers behind near-ties": all(row[path]["ok"] for row in mixtures for path in PATHS),
@@ -261,18 +284,18 @@ def run() -> dict[str, Any]:
     bounds = {"tolerance": TOLERANCE, "near_tie": NEAR_TIE, "fall": FALL, "visible": VISIBLE}
     return {
         "environment": runtime.environment(), "settings": settings, "bounds": bounds, "ok": all(checks.values()),
-        "checks": checks, "llama": dense, "medians": medians, "mixtures": mixtures, "faults": faults,
+        "checks": checks, "llama": dense, "variants": variants, "medians": medians, "mixtures": mixtures,
+        "faults": faults,
     }  # fmt: skip
 
 
 def _mixture_row(start: Start, seed: int, coefficient: float) -> dict[str, Any]:
-    assert start.config.moe is not None
-    k, ours = start.config.moe.per_token, our_curve(start, coefficient=coefficient)
+    ours = our_curve(start, coefficient=coefficient)
     theirs = {path: torch_curve(start, path, coefficient=coefficient) for path in PATHS}
-    rows = {path: compare(curve, ours, k) for path, curve in theirs.items()}
+    rows = {path: compare(curve, ours, start) for path, curve in theirs.items()}
     return {
         "seed": seed, "coefficient": coefficient, "fall": fall(ours), **rows,
-        "their_paths": compare(theirs["eager"], theirs["sdpa"], k),
+        "their_paths": compare(theirs["eager"], theirs["sdpa"], start),
     }  # fmt: skip
 
 
