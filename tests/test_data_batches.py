@@ -78,7 +78,7 @@ def test_the_fingerprint_follows_the_content():
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 12), st.integers(0, 3), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_windows_predict_each_token_once_an_epoch_up_to_a_rest(lengths, batch, length, seed, is_selected):
     source = corpus(lengths)
     source = source.select(np.arange(len(source))[::-1]) if is_selected else source
@@ -116,7 +116,7 @@ def predictions(row):
 
 
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 12), st.integers(0, 3), st.data())
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 def test_packing_predicts_each_token_of_each_document_once_an_epoch(lengths, batch, length, seed, data):
     total = sum(lengths)
     weights = data.draw(st.none() | st.lists(st.integers(0, 1), min_size=total, max_size=total))
@@ -151,6 +151,7 @@ def test_packing_predicts_each_token_of_each_document_once_an_epoch(lengths, bat
 
 
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=60))
+@settings(deadline=None)
 def test_best_fit_chooses_the_fullest_row_that_has_room(sizes):
     sizes = sorted(sizes, reverse=True)
     used: list[int] = []
@@ -177,7 +178,7 @@ def test_an_order_of_its_own_for_each_epoch():
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=4))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_a_mixture_keeps_its_shares_and_skips_nothing(shares):
     sources = tuple(Windows(np.arange(50) + 100 * i, 2, 3) for i in range(len(shares)))
     mixture = Mixture(sources, shares, 7)
@@ -230,6 +231,7 @@ def test_a_changed_generator_is_noticed():
 
 
 @given(LENGTHS, st.integers(2, 9))
+@settings(deadline=None)
 def test_cut_keeps_every_token(lengths, longest):
     source = corpus(lengths)
     cut = source.cut(longest)
@@ -240,6 +242,7 @@ def test_cut_keeps_every_token(lengths, longest):
 
 
 @given(LENGTHS, st.integers(0, 9), st.data())
+@settings(deadline=None)
 def test_read_is_the_stream(lengths, seed, data):
     rng = np.random.default_rng(seed)
     source = corpus(lengths, weights=rng.integers(0, 2, sum(lengths)))

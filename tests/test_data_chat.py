@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxfw.core.errors import InputError
@@ -83,12 +83,17 @@ CONTENT = st.text(st.sampled_from("ab \n\té😀<|x"), min_size=1, max_size=12)
 
 
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3))
-@settings(max_examples=40)
+@example([("<", "   <")])
+@settings(max_examples=40, deadline=None)
 def test_every_character_of_an_answer_is_trained_on_and_no_other(pairs):
     messages = [
         {"role": role, "content": content} for pair in pairs for role, content in zip(("user", "assistant"), pair)
     ]
-    assert trained(MARKED, messages) == trained(CHATML, messages) == [answer + "<|im_end|>" for _, answer in pairs]
+    found = trained(CHATML, messages)
+    assert found == trained(MARKED, messages) and len(found) == len(pairs)
+    for text, (_, answer) in zip(found, pairs):
+        # A token may reach over the border: the line break before an answer, with the answer's own spaces.
+        assert text in (answer + "<|im_end|>", *(["\n" + answer + "<|im_end|>"] if answer[0].isspace() else []))
 
 
 def test_a_template_whose_beginnings_differ_is_refused():

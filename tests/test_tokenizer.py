@@ -64,6 +64,7 @@ def tokens(tokenizer, text):
 @hypothesis.example("é€😀\x00\r\n\t  \ufeff\u202e")
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_any_text_comes_back(bpe, text):
+    hypothesis.assume(not any(token in text for token in bpe.special_tokens.values()))  # found in the sources
     ids = bpe.encode(text)
     assert ids[0] == bpe.bos_id and max(ids) < bpe.vocab_size
     assert bpe.decode(ids) == text
