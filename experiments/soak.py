@@ -112,8 +112,9 @@ def disturbed(setting: Setting, workdir: Path, flags: Sequence[str], *, kills: i
     hits: list[dict[str, Any]] = []
     while len(hits) < kills:
         life = Life(setting, workdir, flags)
-        target = life.step() + draw.randint(1, max(2 * last // (kills + 1) - 1, 1))
-        while life.step() < min(target, last - 1) and not life.is_over():
+        begins = life.step()
+        target = begins + draw.randint(1, max(3 * last // (2 * kills + 2), 1))
+        while not begins < life.step() >= min(target, last - 1) and not life.is_over():  # not before it has begun
             time.sleep(0.005)
         time.sleep(draw.random() * 0.1)
         if life.is_over() and not any(process.returncode for process in life.processes):
@@ -134,13 +135,14 @@ def disturbed(setting: Setting, workdir: Path, flags: Sequence[str], *, kills: i
 def differences(one: Path, other: Path) -> list[str]:
     """What two workdirs differ in: metrics.jsonl by bytes, the arrays of the newest checkpoint by bits, its notes."""
     found = [] if (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes() else ["metrics.jsonl"]
-    held = [_arrays(folder / "checkpoints") for folder in (one, other)]
+    held = [arrays(folder / "checkpoints") for folder in (one, other)]
     if held[0][0] != held[1][0] or held[0][1].keys() != held[1][1].keys():
         return [*found, "step, notes or names of arrays"]
     return found + [name for name, x in held[0][1].items() if x.tobytes() != held[1][1][name].tobytes()]
 
 
-def _arrays(folder: Path) -> tuple[Any, dict[str, np.ndarray]]:
+def arrays(folder: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """Step and notes of the newest checkpoint, and its arrays by path, from whatever devices."""
     import orbax.checkpoint as ocp
 
     with Checkpoints(folder, read_only=True) as checkpoints:
