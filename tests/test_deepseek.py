@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +99,20 @@ def error(config, params, tokens, expected):
 def test_logits(checkpoint, tokens, expected):
     assert np.concatenate(expected).std() >= 1
     assert error(checkpoint.config, checkpoint.params, tokens, expected) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_logits_on_a_mesh(directory, tokens, expected, tmp_path):
+    """fsdp=2, tensor=2; and what is quantised while a mesh is set is what one device quantises."""
+    np.save(tmp_path / "tokens.npy", tokens)
+    words = [directory, tmp_path / "tokens.npy", tmp_path / "out.npz"]
+    command = [sys.executable, "-m", "tests.mesh_deepseek", *map(str, words)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.load(tmp_path / "out.npz")
+    pairs = zip(np.asarray(found["logits"], np.float64), expected, strict=True)
+    largest = max(np.abs(ours[: len(row)] - row).max() for ours, row in pairs)
+    assert largest / np.concatenate(expected).std() <= TOLERANCE and found["same"]
 
 
 def moe(**changes):
