@@ -114,6 +114,17 @@ def test_figures_are_those_of_the_committed_results():
     assert not re.findall(r"@\w+@", README)
 
 
+def test_the_table_of_families_is_that_of_the_committed_parity():
+    found, page = results("parity.json"), (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    families = {row["case"]: row["family"] for row in found["parity"]}
+    for family in sorted(set(families.values())):
+        rows = {kind: [row for row in found[kind] if families[row["case"]] == family]
+                for kind in ("parity", "gradients", "sharded", "mutations")}  # fmt: skip
+        worst = [f"{max(row['error'] for row in rows[kind]):.1e}".replace("e-0", "e-") for kind in list(rows)[:3]]
+        cells = " | ".join([*worst, str(len(rows["mutations"]))])
+        assert re.search(rf"^\| .* \| `{family}` \| .* \| {re.escape(cells)} \|$", page, flags=re.M), (family, cells)
+
+
 FILES = (
     "parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load", "soak", "checkpoint",
 )  # fmt: skip
