@@ -102,7 +102,8 @@ GPUS = {
     "bound by srun": ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "4"}, None),
     "explicitly not bound": ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPU_BIND": "verbose,none"}, (2,)),
     "not bound, with its share": (
-        {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TRES_BIND": "gres/gpu:none", "SLURM_GPUS_PER_TASK": "1"}, (2,),
+        {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TRES_BIND": "gres/gpu:none", "SLURM_GPUS_PER_TASK": "1"},
+        (2,),
     ),
     "bound one by one": ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_TRES_BIND": "gres/gpu:single:1"}, None),
     "one task a node": ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, None),
