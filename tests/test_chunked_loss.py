@@ -12,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxfw.core.errors import InputError
 from jaxfw.ops.losses import chunked_log_probs, summed_nll, token_log_probs
 from jaxfw.ops.quant import dequantise, quantise
+from tests.processes import environment, run_together
 
 B, T, D, V = 2, 7, 8, 33
 RNG = np.random.default_rng(0)
@@ -129,3 +130,10 @@ def test_a_chunk_that_is_none_is_refused():
     for chunk in (0, -1, 2.5):
         with pytest.raises(InputError, match=r"chunk=.* must be a whole number from 1 on"):
             summed_nll(X, MATRIX, TARGETS, WEIGHTS, chunk=chunk)
+
+
+def test_on_eight_devices():
+    command = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/mesh_losses.py"]
+    (done,) = run_together((command, environment(devices=8, JAX_PLATFORMS="cpu")), timeout=120)
+    assert done.code == 0, done.out[-6000:] + done.err[-2000:]
+    assert " passed" in done.out

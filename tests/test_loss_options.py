@@ -123,7 +123,7 @@ def test_layers_that_are_computed_again_keep_less_on_a_gpu():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"remat": "layers"}, "loss.remat='layers' is unknown. Known: layer, products. Did you mean 'layer'"),
+    ({"remat": "layers"}, "loss.remat='layers' is unknown. Known: layer, attention, products. Did you mean 'layer'"),
     ({"chunk": 0}, "loss.chunk=0 must be at least 1"),
 ])  # fmt: skip
 def test_options_that_mean_nothing_are_refused(options, message):

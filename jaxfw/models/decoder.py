@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.mesh import BATCH_AXES, constrain
@@ -89,6 +90,7 @@ def attention_spec(config: DecoderConfig) -> AttentionSpec:
     )
 
 
+HEADS = "heads"  # the name by which a `saveable` of `remat_layer` keeps what attention returns
 _HEADS = (BATCH_AXES, None, "tensor", None)  # [B T K d]
 SiteFn = Callable[[str, Array], Array]
 
@@ -166,7 +168,7 @@ def attend_half(
         k, v = constrain(k, *_HEADS), constrain(sites("attn/v", v), *_HEADS)
         if policy is None:
             keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-            heads, new = attend(q, keys, values, starts=step.starts, **spec.options), None
+            heads, new = checkpoint_name(attend(q, keys, values, starts=step.starts, **spec.options), HEADS), None
             if tap.wants(taps, "attn/lse"):
                 lse = attention_lse(q, keys, scale=spec.scale, window=spec.window, starts=step.starts)
                 sites("attn/lse", lse)

@@ -11,13 +11,20 @@ import numpy as np
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models import DecoderConfig, Output, final, forward, head, layer, remat_layer, router_states, vocabulary
+from jaxfw.models.decoder import HEADS
 from jaxfw.models.routing import Experts, Router
 from jaxfw.ops import routing
 from jaxfw.ops.losses import chunked_log_probs, summed_nll, token_log_probs
 from jaxfw.train.step import Aux
 
 Batch = Mapping[str, Array]
-REMAT = {"layer": None, "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+_policies = jax.checkpoint_policies
+_HEADS = _policies.save_only_these_names(HEADS)
+REMAT = {
+    "layer": None,
+    "attention": _HEADS,
+    "products": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _HEADS),
+}
 LEAST_WEIGHT = 1e-6  # of a batch that trains on nothing
 ROUTERS = "routers"  # where a training state keeps the routers' own
 
@@ -44,7 +51,8 @@ class NextTokenLoss:
     | remat | kept of a layer | computed again |
     |---|---|---|
     | None | everything that the gradient reads, but attention's weights | attention's weights |
-    | "products" | its input, and results of its products with kernels | all else: norms, attention, activations |
+    | "products" | its input, results of its products with kernels, what attention returns | all else: norms, gates |
+    | "attention" | its input, what attention returns | all but attention's way forward |
     | "layer" | its input | the whole layer: a third more operations |
 
     Fine-tuning in transformers adds `router_aux_loss_coef` x "joint_balance" for Mixtral, Qwen-MoE and OLMoE.
@@ -129,24 +137,30 @@ def _metrics(losses: dict[str, Array], out: Output) -> dict[str, Float[Array, ""
     return {f"router/{name}": value for name, value in (losses | means).items()}
 
 
-@partial(jax.jit, static_argnames=("config", "router", "experts"))
-def _window_nll(config, params, tokens, *, router, experts, state) -> Float[Array, "B"]:
-    out = forward(config, params, tokens[:, :-1], router=router, experts=experts, state=state)
-    return -jnp.mean(token_log_probs(out.logits, tokens[:, 1:]), axis=1)
+@partial(jax.jit, static_argnames=("loss",))
+def _score_rows(loss: NextTokenLoss, params, batch, state) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    return loss.rows(params, batch, state=state)
 
 
 def evaluate_tokens(
     config: DecoderConfig,
     params: PyTree,
-    batches: Iterable[Int[np.ndarray, "B T+1"]],
+    batches: Iterable[Int[np.ndarray, "B T+1"] | Batch],
     *,
     router: Router | None = None,
     experts: Experts | None = None,
     router_states: PyTree | None = None,
+    chunk: int | None = None,
 ) -> Float[np.ndarray, "N"]:
     """Mean negative log-likelihood in nats a token, of each window of the batches (equal shapes compile once).
 
-    A model with experts is scored by the router, experts and states that are given, as `NextTokenLoss` trains it.
+    A batch is tokens alone, or as `NextTokenLoss` takes it; a row without anything to predict is left out. A model with
+    experts is scored by the router, experts and states that are given, as `NextTokenLoss` trains it; `chunk` as there.
     """
-    run = partial(_window_nll, config, params, router=router, experts=experts, state=router_states)
-    return np.concatenate([np.asarray(run(jnp.asarray(tokens))) for tokens in batches])
+    loss = NextTokenLoss(config, router, experts, chunk=chunk)
+    state, means = {ROUTERS: router_states} if router_states else {}, []
+    for batch in batches:
+        given = dict(batch) if isinstance(batch, Mapping) else {"tokens": jnp.asarray(batch)}
+        nll, weights = map(np.asarray, _score_rows(loss, params, given, state))
+        means.append(nll[weights > 0] / weights[weights > 0])
+    return np.concatenate(means)
