@@ -283,6 +283,22 @@ def test_the_loss_keeps_the_rest_of_the_state():
     assert aux.state["seen"] == 4 and aux.state[FROZEN] is frozen
 
 
+def test_training_drops_by_the_step_and_apart_from_the_loss():
+    seen = []
+
+    def look(params, batch, key, *, state):
+        seen.extend((key, params["layers_0"]["attn"]["q"]["kernel"].key))
+        return jnp.float32(0), Aux({}, state)
+
+    frozen = {"layers_0": {"attn": {"q": {"kernel": jnp.ones((4, 4))}}}}
+    lora = LoRAConfig(rank=2, dropout=0.5)
+    adapters = init_adapters(lora, frozen, jax.random.key(0))
+    for step in (0, 1, 0):
+        LoRALoss(look, lora)(adapters, {}, jax.random.key(step), state={FROZEN: frozen})
+    first, second, again = (tuple(jax.random.key_data(key).tobytes() for key in seen[i : i + 2]) for i in (0, 2, 4))
+    assert len({*first, *second}) == 4 and first == again
+
+
 # --- refusals
 
 
