@@ -107,6 +107,15 @@ def build(case: parity.Case, *, steps: int = STEPS) -> Start:
 def torch_curve(start: Start, path: str, *, coefficient: float | None = None) -> Curve:
     """Transformers' own loss in a plain torch loop, from the same weights (the model is copied)."""
     torch, _ = libraries()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small take several times as long on two
+    try:
+        return _torch_curve(torch, start, path, coefficient)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _torch_curve(torch: Any, start: Start, path: str, coefficient: float | None) -> Curve:
     model = copy.deepcopy(start.model).train()
     model.set_attn_implementation(path)
     options = {} if coefficient is None else {"output_router_logits": True}
@@ -133,7 +142,7 @@ def torch_curve(start: Start, path: str, *, coefficient: float | None = None) ->
         assert RECIPE.clip_norm is not None
         torch.nn.utils.clip_grad_norm_(parameters, RECIPE.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = float(rate(step))
+            group["lr"] = float(np.asarray(rate(step)))
         optimizer.step()
         losses.append(out.loss.item())
         if coefficient is not None:
@@ -149,8 +158,8 @@ def our_curve(
     """The same run here; `options` are further ones of `NextTokenLoss`."""
     losses = () if coefficient is None else ((balance, coefficient),)
     loss = NextTokenLoss(start.config, router_losses=losses, **options)
-    optimizer = make_optimizer(recipe, steps=len(start.tokens))
-    update, key = make_step(loss, optimizer), jax.random.key(0)
+    optimizer, update = _step(loss, recipe, len(start.tokens))
+    key = jax.random.key(0)
     state = init_state(jax.tree.map(jnp.copy, start.params), optimizer, state=loss.init_state())
     found, probs = [], []
     for tokens, segment_ids in zip(start.tokens, start.segment_ids):
@@ -159,6 +168,12 @@ def our_curve(
         state, metrics = update(state, {"tokens": tokens, "segment_ids": segment_ids}, key)
         found.append(float(metrics["train/loss"]))
     return Curve(np.array(found), np.stack(probs) if probs else None)
+
+
+@functools.cache
+def _step(loss: NextTokenLoss, recipe: OptimizerConfig, steps: int) -> tuple[Any, Any]:
+    optimizer = make_optimizer(recipe, steps=steps)
+    return optimizer, make_step(loss, optimizer)
 
 
 @functools.partial(jax.jit, static_argnums=0)

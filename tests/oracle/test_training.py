@@ -20,15 +20,15 @@ L, B, T, E = 3, 2, 7, 5
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("is_padded", [False, True])
 def test_joint_balance_and_its_gradient_are_transformers(k, is_padded):
-    from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
+    from transformers.models.qwen2_moe import modeling_qwen2_moe as module  # pyright: ignore[reportMissingImports]
 
     logits = 2 * np.random.default_rng(k).standard_normal((L, B, T, E)).astype(np.float32)
     mask = np.arange(T) < np.array([[T], [3 if is_padded else T]])
     theirs = torch.from_numpy(logits).requires_grad_()
-    loss_there = load_balancing_loss_func(
+    loss_there = module.load_balancing_loss_func(
         tuple(layer.flatten(0, 1) for layer in theirs), E, k, torch.from_numpy(mask).long() if is_padded else None
     )
-    loss_there.backward()  # pyright: ignore[reportAttributeAccessIssue]
+    loss_there.backward()
 
     def loss(logits):
         probs = jax.nn.softmax(logits, axis=-1)
@@ -37,7 +37,7 @@ def test_joint_balance_and_its_gradient_are_transformers(k, is_padded):
         return routing.joint_balance_loss(jnp.stack(sums), jnp.stack(loads))
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits))
-    np.testing.assert_allclose(value, loss_there.item(), rtol=1e-6)  # pyright: ignore[reportAttributeAccessIssue]
+    np.testing.assert_allclose(value, loss_there.item(), rtol=1e-6)
     np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-5, atol=1e-5 * np.abs(gradient).max())
 
 
@@ -78,7 +78,7 @@ def test_an_outlier_counts_only_behind_a_near_tie():
     late = study.Curve(reference.losses + np.array([0, 1e-6]), turned)
     found = study.compare(reference, late, start)
     assert (found["near_ties"], found["changed"], found["first_change"]["step"]) == (1, 1, 1)
-    reference.probs[1, 0, 0, 1] = 0.5, 0.3, 0.2
+    probs[1, 0, 0, 1] = 0.5, 0.3, 0.2
     assert not study.compare(reference, dataclasses.replace(late, losses=reference.losses + 1e-3), start)["ok"]
     start.segment_ids[1, 0, 1] = 0
     assert study.compare(reference, late, start)["changed"] == 0, "padding does not choose"
