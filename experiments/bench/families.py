@@ -8,9 +8,9 @@ saved, and read by `jaxfw.weights.load`. Jobs: a forward of 4 x 256 tokens to al
 prompts of 64. Results are compared before anything is timed; then the sides take turns as in
 `experiments.bench.cpu_lm`, and a ratio is torch's seconds over ours: above 1 we are faster. transformers keeps its
 defaults but for attention ("sdpa"); how it runs experts ("grouped_mm" or a loop, by its version) is in the report.
-Where other work takes the same cores the ratios flatter us, because torch's OpenMP threads wait for each other. So every
-job waits (`--wait` seconds at most) until the machine is quiet, is measured again, three times at most, when others took
-more than 5 % of the cores meanwhile, and the report holds the share that they took.
+Where other work takes the same cores the ratios flatter us, because torch's OpenMP threads wait for each other. So a
+job waits (`--wait` seconds at most) until the machine is quiet, and is measured again, three times at most, when others
+took more than 5 % of the cores meanwhile; the report holds the share that they took.
 """
 
 import argparse
@@ -116,8 +116,9 @@ def show(row: dict[str, Any]) -> None:
     for job in ("forward", "generate"):
         found, (theirs, ours) = row[job], row[job]["tokens_per_second"].values()
         low, high, least, most = *found["interval"], *found["range"]
-        print(f"{row['family']:10} {row['parameters'] / 1e6:5.1f} M {job:9} {found['ratio']:6.2f} {low:8.2f}..{high:5.2f}"
-              f" {least:8.2f}..{most:5.2f} {theirs:9.0f} {ours:9.0f} {found['others'] or 0:6.0%}", flush=True)  # fmt: skip
+        print(f"{row['family']:10} {row['parameters'] / 1e6:5.1f} M {job:9} {found['ratio']:6.2f} "
+              f"{low:8.2f}..{high:5.2f} {least:8.2f}..{most:5.2f} {theirs:9.0f} {ours:9.0f} "
+              f"{found['others'] or 0:6.0%}", flush=True)  # fmt: skip
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Whether others use the same machine: the share of its cores that is busy with anything but this process. Linux only."""
+"""Whether others use the same machine: the share of its cores that is busy with anything but this process (Linux)."""
 
 import os
 import time
