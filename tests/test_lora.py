@@ -135,9 +135,8 @@ def test_shared_experts_and_their_gate():
     assert apart(joined, merged) < 1e-5 < 0.1 < apart(run(mixed), merged)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_stacked_layers_are_the_same(params, adapters, dropout):
-    lora = dataclasses.replace(LORA, dropout=dropout)
+def test_stacked_layers_are_the_same(params, adapters):
+    lora = dataclasses.replace(LORA, dropout=0.5)
     key = jax.random.key(4)
     one = logits(adapt(params, adapters, lora, key), TOKENS)
     stacked = stack_layers(params)
@@ -150,9 +149,8 @@ def test_stacked_layers_are_the_same(params, adapters, dropout):
 # --- quantised models
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_quantised_model_with_adapters_is_the_sum(params, adapters, bits):
-    small = jit(functools.partial(quantise_params, quantise=bits))(params)
+def test_a_quantised_model_with_adapters_is_the_sum(params, adapters):
+    small = jit(functools.partial(quantise_params, quantise="int4"))(params)
     is_small = lambda x: isinstance(x, Quantised)  # noqa: E731
     wide = jax.tree.map(lambda x: dequantise(x) if is_small(x) else x, small, is_leaf=is_small)
     wide["head"]["lm_head"] = np.asarray(wide["head"]["lm_head"])
@@ -218,8 +216,9 @@ def trained(params):
     loss, optimizer = LoRALoss(NextTokenLoss(CONFIG), lora), optax.adam(2e-2)
     fresh = init_adapters(lora, small, jax.random.key(0))
     begin = init_state(fresh, optimizer, state=loss.init_state(small))
-    run = make_step(loss, optimizer)
-    memory = run.lower(begin, BATCH, jax.random.key(0)).compile().memory_analysis()
+    step = make_step(loss, optimizer, compiler_options={"xla_backend_optimization_level": 0})
+    run = step.lower(begin, BATCH, jax.random.key(0)).compile()
+    memory = run.memory_analysis()
     state, losses = jax.tree.map(jnp.copy, begin), []
     addresses = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.state)]
     for _ in range(8):

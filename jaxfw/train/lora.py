@@ -31,7 +31,10 @@ class LoRALoss:
     lora: LoRAConfig
 
     def init_state(self, frozen: PyTree) -> PyTree:
-        """The training state's `state` before the first batch: that of the loss, and the model."""
+        """The training state's `state` before the first batch: that of the loss, and the model.
+
+        A step takes over the state that it is given: the model's arrays are then those in the state it returns.
+        """
         make = getattr(self.loss, "init_state", dict)
         return make() | {FROZEN: frozen}
 
