@@ -247,7 +247,7 @@ def _recipe(**changes: Any) -> OptimizerConfig:
 FAULTS = (
     Fault("eps 1e-6 for 1e-8", _recipe(eps=1e-6)),
     Fault("b2 0.999 for 0.95", _recipe(b2=0.999)),
-    Fault("weight decay 1 % lower", _recipe(weight_decay=0.099)),
+    Fault("half the weight decay", _recipe(weight_decay=0.05)),
     Fault("no clipping", _recipe(clip_norm=None)),
     Fault("the rate of one step later", _recipe(warmup=4)),
     Fault("balance left out", coefficient=0.0),

@@ -47,7 +47,9 @@ def step(router, params, x, tokens, valid, state):
             if not isinstance(route, SlotRoute):
                 weights = jnp.where(valid.reshape(*valid.shape, *[1] * (weights.ndim - 2)), weights, 0)
             number += jnp.sum(weights * jnp.cos(jnp.arange(weights.shape[-1]) + len(name)))
-        return number, (aux.losses, aux.load, aux.state)
+        if aux.importance is not None:
+            number += jnp.sum(aux.importance * jnp.sin(jnp.arange(E)))
+        return number, (aux.losses, aux.load, aux.state, aux.importance)
 
     return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
 
@@ -120,5 +122,6 @@ class RouterContract:
         assert aux.state == state, "the state after a batch has another tree, shape or dtype than init_state"
         assert aux.load.shape == (E,) and aux.probs.shape == (B, T, E)
         assert all(loss.shape == () for loss in aux.losses.values())
-        floats = (*weights_of(route).values(), aux.losses, aux.load, aux.probs)
+        assert aux.importance is None or aux.importance.shape == (E,)
+        floats = (*weights_of(route).values(), aux.losses, aux.load, aux.probs, aux.importance)
         assert {leaf.dtype for leaf in jax.tree.leaves(floats)} == {jnp.dtype("float32")}, "routing is float32"

@@ -129,6 +129,24 @@ def test_losses_equal_the_loop_over_valid_tokens_padded_or_not():
     np.testing.assert_allclose(losses(wide, wide_ids, mask(width=T + 3)), losses(logits, ids, mask()), rtol=1e-6)
 
 
+def test_joint_balance_is_the_mean_over_the_tokens_of_all_layers():
+    """By a loop over layers and valid tokens, in float64; layers uneven in opposite ways balance each other."""
+    logits = 3 * draw(3, B, T, E)
+    ids = np.asarray(routing.choose(jnp.asarray(logits), 2))
+    tokens, mean, given = [(i, b, t) for i in range(3) for b, t in np.argwhere(mask())], np.zeros(E), np.zeros(E)
+    for place in tokens:
+        mean += softmax(logits[place].astype(np.float64)) / len(tokens)
+        given[ids[place]] += 1 / len(tokens)
+    probs, valid = jax.nn.softmax(logits, axis=-1), jnp.asarray(mask())
+    importance = jnp.stack([routing.importance(layer, valid) for layer in probs])
+    loads = jnp.stack([routing.load(layer, valid, E) for layer in ids])
+    np.testing.assert_allclose(routing.joint_balance_loss(importance, loads), E * mean @ given, rtol=1e-6)
+    opposite = jnp.array([[8.0, 0.0], [0.0, 8.0]])
+    assert float(routing.joint_balance_loss(opposite, opposite)) == 1.0
+    assert float(routing.joint_balance_loss(opposite[:1], opposite[:1])) == 2.0
+    assert float(routing.joint_balance_loss(0 * opposite, 0 * opposite)) == 0.0
+
+
 # --- token choice
 
 KINDS = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)]
