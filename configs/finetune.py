@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.lora.rank = 16
         c.lora.alpha = 32.0
         c.lora.dropout = 0.0
-        c.lora.targets = r"layers_\d+/(attn|mlp)/\w+/kernel"
+        c.lora.targets = "all"  # qv, attention, all, or a regular expression for whole paths of kernels
 
     c.loss = ConfigDict()
     c.loss.chunk = 0  # tokens of a row whose logits exist at once; 0: all

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxfw.core.errors import InputError
@@ -38,7 +39,8 @@ def check_tokens(config: DecoderConfig, tokens: Any, lengths: Any, unit_id: Any,
 def _check_vocabulary(config: DecoderConfig, tokens: Any) -> None:
     if isinstance(tokens, jax.Array) and not tokens.is_fully_addressable:
         return
-    least, most = int(tokens.min()), int(tokens.max())
+    ids = np.asarray(tokens)  # also where a trace closes over them
+    least, most = int(ids.min()), int(ids.max())
     if least < 0 or most >= config.vocab:
         odd = least if least < 0 else most
         raise InputError(
