@@ -13,9 +13,9 @@ loss: `router_aux_loss_coef` there is `router_losses=(("joint_balance", ...),)` 
 An error is the largest difference of two loss curves, in nats. torch runs with both of its attention paths, which
 compute the same in another order: their distance from each other is what rounding alone does. A mixture's curve jumps
 where rounding lets a token choose another expert. So of every step and token the chosen experts of both sides are
-compared; `first_change` is the first step in which a choice differs, with the largest gap there between the k-th and
-the next probability, by torch. An outlier counts as explained only by a change behind a gap below `NEAR_TIE`, up to
-which the curves agree. Each fault of `FAULTS` is planted alone in our side's recipe and must leave torch's curve by 100
+compared; `first_change` is the first step and layer in which one differs, with the largest gap of such tokens there
+between the k-th and the next probability, by torch. An outlier counts as explained only by a change behind a gap below
+`NEAR_TIE`, up to which the curves agree. Each fault of `FAULTS` is planted alone in our side's recipe and must leave torch's curve by 100
 times the tolerance; each of `VARIANTS` is another way to compute the same here.
 """
 
@@ -205,12 +205,13 @@ def choices(reference: Curve, other: Curve, k: int, is_text: np.ndarray) -> dict
         "choices": int(np.isfinite(gaps).sum()), "near_ties": int((gaps < NEAR_TIE).sum()),
         "smallest_gap": float(gaps.min()), "changed": int(changed.sum()), "first_change": None,
     }  # fmt: skip
-    steps = np.flatnonzero(changed.any(axis=(1, 2, 3)))
-    if steps.size:
-        step = int(steps[0])
-        before = np.abs(reference.losses - other.losses)[: step + 1]
+    if changed.any():
+        # What a layer before has changed moves the choices behind it; those of one layer do not depend on each other.
+        step, layer = (int(x) for x in np.argwhere(changed.any(axis=(2, 3)))[0])
+        before = np.abs(reference.losses - other.losses)[:step]
         report["first_change"] = {
-            "step": step, "gap": float(gaps[step][changed[step]].max()), "error_until": float(before.max())
+            "step": step, "layer": layer, "gap": float(gaps[step, layer][changed[step, layer]].max()),
+            "error_before": float(before.max(initial=0)),
         }  # fmt: skip
     return report
 
@@ -221,7 +222,7 @@ def compare(reference: Curve, other: Curve, start: Start) -> dict[str, Any]:
     is_text = start.segment_ids[..., :-1] > 0
     error, found = difference(reference, other), choices(reference, other, start.config.moe.per_token, is_text)
     first = found["first_change"]
-    explained = first is not None and first["gap"] < NEAR_TIE and first["error_until"] <= TOLERANCE
+    explained = first is not None and first["gap"] < NEAR_TIE and first["error_before"] <= TOLERANCE
     return {"error": error, **found, "ok": error <= TOLERANCE or explained}
 
 

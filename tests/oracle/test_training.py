@@ -78,8 +78,12 @@ def test_an_outlier_counts_only_behind_a_near_tie():
     late = study.Curve(reference.losses + np.array([0, 1e-6]), turned)
     found = study.compare(reference, late, start)
     assert (found["near_ties"], found["changed"], found["first_change"]["step"]) == (1, 1, 1)
+    jumped = dataclasses.replace(late, losses=reference.losses + np.array([0, 1e-3]))
+    assert study.compare(reference, jumped, start)["ok"], "the jump is behind a near-tie"
+    early = dataclasses.replace(late, losses=reference.losses + 1e-3)
+    assert not study.compare(reference, early, start)["ok"], "the curves differed before"
     probs[1, 0, 0, 1] = 0.5, 0.3, 0.2
-    assert not study.compare(reference, dataclasses.replace(late, losses=reference.losses + 1e-3), start)["ok"]
+    assert not study.compare(reference, jumped, start)["ok"], "the gap was wide"
     start.segment_ids[1, 0, 1] = 0
     assert study.compare(reference, late, start)["changed"] == 0, "padding does not choose"
 
