@@ -17,6 +17,7 @@ from jaxfw.models import DecoderConfig, Rope
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 GOLDENS = ROOT / "tests" / "goldens"
+SHARED = dict.fromkeys(("pretrain", "finetune"), "experiments.train")
 
 
 @pytest.mark.parametrize("arg", ["", "smoke"])
@@ -38,7 +39,7 @@ def test_a_config_names_a_module_with_run_and_describe(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     experiment = importlib.import_module(config.experiment)
     assert callable(experiment.run) and callable(experiment.describe)
-    assert config.experiment == f"experiments.{name}"
+    assert config.experiment == SHARED.get(name, f"experiments.{name}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
