@@ -15,8 +15,8 @@ compute the same in another order: their distance from each other is what roundi
 where rounding lets a token choose another expert. So of every step and token the chosen experts of both sides are
 compared; `first_change` is the first step and layer in which one differs, with the largest gap of such tokens there
 between the k-th and the next probability, by torch. An outlier counts as explained only by a change behind a gap below
-`NEAR_TIE`, up to which the curves agree. Each fault of `FAULTS` is planted alone in our side's recipe and must leave torch's curve by 100
-times the tolerance; each of `VARIANTS` is another way to compute the same here.
+`NEAR_TIE`, up to which the curves agree. Each fault of `FAULTS` is planted alone in our side's recipe and must leave
+torch's curve by 100 times the tolerance; each of `VARIANTS` is another way to compute the same here.
 """
 
 import copy
