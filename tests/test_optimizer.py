@@ -197,7 +197,8 @@ def test_the_average_is_held_in_float32_and_given_in_the_parameters_dtype():
     params: PyTree = {"w": jnp.array([1.0, 2.0], jnp.bfloat16)}
     optimizer = make_optimizer(config, steps=4)
     state = optimizer.init(params)
-    assert averaged_params(state)["w"].tolist() == [1.0, 2.0], "before the first update, the parameters"
+    begun = averaged_params(state)["w"]
+    assert begun.dtype == jnp.float32 and begun.tolist() == [1.0, 2.0], "before the first update, the parameters"
     for _ in range(2):
         updates, state = optimizer.update({"w": jnp.array([8.0, 0.0], jnp.bfloat16)}, state, params)
         params = optax.apply_updates(params, updates)
