@@ -51,13 +51,22 @@ def get_config(arg: str = "") -> ConfigDict:
     c.loss.router_losses = ()  # (("balance", 0.01),) for a mixture
 
     c.optimizer = ConfigDict()
+    c.optimizer.kind = "adamw"  # or muon, sgd
     c.optimizer.learning_rate = 2e-4 if args.lora else 2e-5
     c.optimizer.warmup = 10
+    c.optimizer.schedule = "cosine"  # or linear, constant, wsd (with `decay`, the share of updates in which it falls)
     c.optimizer.final = 0.1
+    c.optimizer.decay = 0.2
     c.optimizer.weight_decay = 0.0
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
-    c.optimizer.clip_norm = 1.0
+    c.optimizer.eps = 1e-8
+    c.optimizer.momentum = 0.95  # of muon and sgd
+    c.optimizer.clip_norm = config_dict.placeholder(float)
+    c.optimizer.clip_norm = 1.0  # None never clips
+    c.optimizer.accumulate = 1  # batches an update
+    c.optimizer.freeze = config_dict.placeholder(str)  # a regular expression for whole paths of parameters
+    c.optimizer.average = config_dict.placeholder(float)  # 0.999, say: what is saved is an average of the parameters
 
     c.train = ConfigDict()
     c.train.steps = 0  # 0: as many as `epochs` passes over the data need

@@ -4,7 +4,7 @@
     python -m jaxfw.launch --config=configs/pretrain.py:smoke --workdir=runs/smoke      # on documentation of Python
 
 FILES is a text, JSON lines or parquet file, a folder or glob of them, or a folder of tokens that
-`python -m jaxfw.data prepare` wrote. The model is 29 M parameters with a vocabulary of 16,384; on a mesh:
+`python -m jaxfw.data prepare` wrote. The model is 22 M parameters with a vocabulary of 16,384; on a mesh:
 --config.mesh=fsdp=8. `--dry-run` says what it takes.
 """
 
@@ -19,9 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = parse_arg(arg, smoke=False)
     c = finetune()
     c.unlock()
-    c.init = ""
     c.tokenizer = "train"  # a byte-pair vocabulary of model.vocab from the data; or a directory with one
-    c.param_dtype = "float32"
     c.reading.packing = "stream"
 
     c.model = ConfigDict()

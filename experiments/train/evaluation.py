@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.train.first_state import trained_params
+from experiments.train.first_state import model_params
 from experiments.train.settings import TrainingConfig
 from jaxfw.core.distributed import current
 from jaxfw.core.shapes import Float
@@ -44,7 +44,7 @@ class Evaluation:
 
         @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
         def score(state: TrainState, batch: Any) -> Any:
-            return loss.rows(trained_params(c, state), batch, state=state.state)
+            return loss.rows(model_params(c, state), batch, state=state.state)
 
         self._score = score
 

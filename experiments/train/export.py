@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from experiments.train.first_state import Start, trained_params
+from experiments.train.first_state import Start, trained
 from experiments.train.settings import TrainingConfig
 from jaxfw.core.distributed import barrier, current
 from jaxfw.data import Tokenizer
@@ -19,11 +19,9 @@ def save_trained(c: TrainingConfig, begun: Start, state: TrainState, tokenizer: 
     if current().is_main:
         shutil.rmtree(target, ignore_errors=True)
     barrier("before the model is saved")
+    params = trained(c, state)
     if c.lora is not None:
-        adapters = state.params
-        save_adapters(target, begun.loss.config, adapters, c.lora, base=c.init)
-        return target
-    params = trained_params(c, state)
+        return save_adapters(target, begun.loss.config, params, c.lora, base=c.init)
     if begun.lm is not None:
         lm = dataclasses.replace(begun.lm, params=params)
     else:

@@ -20,9 +20,9 @@ from jaxfw.models import DecoderConfig, init, stack_layers, unstack_layers
 from jaxfw.models.sharding import ROUTER_STATES, decoder_rules
 from jaxfw.train import LossFn, NextTokenLoss, TrainState, init_state, make_optimizer
 from jaxfw.train.average import averaged_params
-from jaxfw.train.lora import LoRALoss, adapt, init_adapters, merge
+from jaxfw.train.lora import LoRALoss, adapt, init_adapters
 from jaxfw.train.resume import resume
-from jaxfw.train.step import with_frozen
+from jaxfw.train.step import FROZEN, with_frozen
 from jaxfw.weights import load_config
 from jaxfw.weights.exporting import model_folder
 from jaxfw.weights.layout import flat_shapes
@@ -128,13 +128,13 @@ def _load(c: TrainingConfig, mesh: Mesh) -> LM:
     )  # fmt: skip
 
 
-def trained_params(c: TrainingConfig, state: TrainState, *, merged: bool = False) -> PyTree:
-    """The model's parameters of a state, a key per layer: averaged where the optimiser averages.
-
-    Under adapters, with them beside (or, `merged`, inside) the frozen ones.
-    """
+def trained(c: TrainingConfig, state: TrainState) -> PyTree:
+    """What a run is about, parameters or adapters: averaged where the optimiser averages, a key per layer."""
     params = state.params if c.optimizer.average is None else averaged_params(state.opt_state, state.params)
-    if c.lora is not None:
-        join = merge if merged else adapt
-        return join(state.state["frozen"], params, c.lora)
     return unstack_layers(params) if c.stack_layers else params
+
+
+def model_params(c: TrainingConfig, state: TrainState) -> PyTree:
+    """The model's parameters with what was trained: adapters stand beside the frozen ones."""
+    params = trained(c, state)
+    return params if c.lora is None else adapt(state.state[FROZEN], params, c.lora)

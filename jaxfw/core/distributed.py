@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from jaxfw.core.errors import InputError, RunError
 from jaxfw.core.launchers import Found, Processes, resolve, split_address
@@ -101,6 +102,14 @@ def current() -> Processes:
     return _joined or Processes()
 
 
+def coordinator_client() -> Any:
+    """What talks to the coordinator: barriers that do not run on devices, keys and values. jax has no public one."""
+    from jax._src.distributed import global_state
+
+    assert global_state.client is not None
+    return global_state.client
+
+
 def barrier(name: str, *, timeout: float = JOIN_SECONDS) -> None:
     """Wait until every process is here: behind what one of them does alone, such as writing a file that all read.
 
@@ -109,12 +118,10 @@ def barrier(name: str, *, timeout: float = JOIN_SECONDS) -> None:
     """
     if current().count == 1:
         return
-    from jax._src.distributed import global_state  # jax has no public barrier that does not run on the devices
     from jax.errors import JaxRuntimeError
 
-    assert global_state.client is not None
     try:
-        global_state.client.wait_at_barrier(name, int(timeout * 1000))
+        coordinator_client().wait_at_barrier(name, int(timeout * 1000))
     except JaxRuntimeError as error:
         late = re.search(r"timed out task names:\s*([\d\s]+)", str(error))
         if late is None:

@@ -2,9 +2,8 @@
 
 import re
 import socket
-from typing import Any
 
-from jaxfw.core.distributed import current
+from jaxfw.core.distributed import coordinator_client, current
 
 ANSWER_SECONDS = 3.0
 _BETWEEN_PROCESSES = re.compile(
@@ -15,7 +14,7 @@ _BETWEEN_PROCESSES = re.compile(
 def say_host() -> None:
     """Let the others know which machine this process is on; once, behind `join`."""
     if current().count > 1:
-        _client().key_value_set(f"jaxfw/host/{current().index}", socket.gethostname())
+        coordinator_client().key_value_set(f"jaxfw/host/{current().index}", socket.gethostname())
 
 
 def lost(error: BaseException) -> str | None:
@@ -27,7 +26,7 @@ def lost(error: BaseException) -> str | None:
     if processes.count == 1 or not _BETWEEN_PROCESSES.search(f"{type(error).__name__} {error}"):
         return None
     try:
-        _client().key_value_set(f"jaxfw/asks/{processes.index}", "")
+        coordinator_client().key_value_set(f"jaxfw/asks/{processes.index}", "")
     except Exception:  # of jaxlib's own kinds
         return "process 0, the coordinator"
     silent = [i for i in range(processes.count) if i != processes.index and not _answers(i)]
@@ -36,7 +35,7 @@ def lost(error: BaseException) -> str | None:
 
 def _answers(process: int) -> bool:
     try:
-        _client().blocking_key_value_get(f"jaxfw/asks/{process}", int(ANSWER_SECONDS * 1000))
+        coordinator_client().blocking_key_value_get(f"jaxfw/asks/{process}", int(ANSWER_SECONDS * 1000))
     except Exception:  # no answer, or no coordinator
         return False
     return True
@@ -44,12 +43,6 @@ def _answers(process: int) -> bool:
 
 def _host(process: int) -> str:
     try:
-        return f" on {_client().blocking_key_value_get(f'jaxfw/host/{process}', 1000)}"
+        return f" on {coordinator_client().blocking_key_value_get(f'jaxfw/host/{process}', 1000)}"
     except Exception:  # it never said, or the coordinator went too
         return ""
-
-
-def _client() -> Any:
-    from jax._src.distributed import global_state  # jax has no public key-value store
-
-    return global_state.client

@@ -5,7 +5,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from jaxfw.core.distributed import JOIN_SECONDS, current
+from jaxfw.core.distributed import JOIN_SECONDS, coordinator_client, current
 
 POLL_SECONDS = 0.5
 NOTICE = "jaxfw/preempted/"
@@ -43,7 +43,7 @@ class Preemption:
         self._told = True
 
     def _watch_notices(self) -> None:
-        client = _client()
+        client = coordinator_client()
         while not self._ended.wait(POLL_SECONDS):
             if self._told:
                 client.key_value_set(_TOLD, "yes", allow_overwrite=True)
@@ -75,9 +75,3 @@ def _furthest(client: Any, asked: int) -> int:
     processes, wait = current(), int(JOIN_SECONDS * 1000)
     client.key_value_set(f"{_AT}{processes.index}", str(asked))
     return max(int(client.blocking_key_value_get(f"{_AT}{i}", wait)) for i in range(processes.count))
-
-
-def _client() -> Any:
-    from jax._src.distributed import global_state  # jax has no public key-value store
-
-    return global_state.client

@@ -13,7 +13,7 @@ from jaxfw.core.checkpoint import Checkpoints
 from jaxfw.core.config import changed_fields
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import PyTree
-from jaxfw.train.step import TrainState, trained_part, with_frozen
+from jaxfw.train.step import FROZEN, TrainState, trained_part, with_frozen
 
 DATA = "data"
 
@@ -57,7 +57,7 @@ def _restore(checkpoints: Checkpoints, like: TrainState, data: Mapping[str, Any]
             "size of batches nothing says which examples come next. Give the same, or begin anew from its weights by "
             "config.init."
         )
-    return with_frozen(checkpoints.restore(trained_part(like), step=step), like.state.get("frozen"))
+    return with_frozen(checkpoints.restore(trained_part(like), step=step), like.state.get(FROZEN))
 
 
 def _folder(other: str) -> tuple[Path, int | None]:
