@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfw.core import runtime
+from jaxfw.core.hardware import mfu
 from jaxfw.core.workdir import write_json
 from jaxfw.generate import generate
 from jaxfw.generate.timing import measure_speed
 from jaxfw.models import DecoderConfig, Rope, forward, init
-from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
+from jaxfw.models.accounting import parameter_bytes, parameter_count, train_flops
 from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step
 from pallas_kernels import decode_attention
 from pallas_kernels._shapes import DECODE_SHAPES, DecodeShape
@@ -41,7 +42,6 @@ SMALL = DecoderConfig(
 LARGE = DecoderConfig(
     vocab=32768, width=2048, ffn=5632, layers=22, heads=32, kv_heads=4, head_dim=64, positions=4096, dtype="bfloat16"
 )
-PEAK = {"H100": 989e12, "H200": 989e12}  # dense bfloat16 FLOP/s that the vendor states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +152,13 @@ def time_training(sizes: Sizes) -> dict[str, Any]:
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - begun)
     seconds = float(np.median(times[2:]))
-    flops = 3 * forward_flops(config, batch=sizes.batch, length=sizes.length)
-    peak = next((value for name, value in PEAK.items() if name in jax.devices()[0].device_kind), None)
+    flops = train_flops(config, batch=sizes.batch, length=sizes.length)
     return {
         "seconds": seconds,
         "tokens_per_second": sizes.batch * sizes.length / seconds,
         "flops_per_step": flops,
         "flops_per_second": flops / seconds,
-        "mfu": None if peak is None else flops / seconds / peak,
+        "mfu": mfu(flops / seconds, jax.devices()[:1], config.dtype),
         "compile_seconds": times[0] - seconds,
     }
 

@@ -29,7 +29,7 @@ from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Float, Int
 from jaxfw.generate import LM
 from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
-from jaxfw.report import Interval, Table
+from jaxfw.report import Interval, Table, ratio_interval
 from jaxfw.train import NextTokenLoss
 from jaxfw.weights import load_config
 
@@ -136,7 +136,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     if len(tokens) < 2:
         raise InputError(f"config.file={c.file!r} has {len(tokens)} token: there is nothing to predict.")
     nll, count = score(lm, tokens, context=context, stride=stride, batch=c.batch, chunk=c.chunk)
-    nats = interval(nll, count)
+    nats = ratio_interval(nll, count)
     perplexity = Interval(*(math.exp(value) for value in (nats.value, nats.low, nats.high)))
     bits = float(nll.sum()) / math.log(2) / size
     print(f"perplexity {perplexity.value:.4g}, {nats.value:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
@@ -160,14 +160,6 @@ def _read(file: str) -> str:
         raise InputError(f"config.file={file!r} cannot be read ({error.strerror}): name a text file.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"config.file={file!r} is no UTF-8 text, at byte {error.start}: convert it.") from None
-
-
-def interval(nll: Float[np.ndarray, "W"], count: Float[np.ndarray, "W"]) -> Interval:
-    """Nats a token over all windows with its 95 % interval; of one window, the value alone."""
-    ratio, W = float(nll.sum() / count.sum()), len(count)
-    residual = np.sum((nll - ratio * count) ** 2) * (W / (W - 1) if W > 1 else 0)
-    half = 1.96 * float(np.sqrt(residual) / count.sum())
-    return Interval(ratio, ratio - half, ratio + half)
 
 
 def _report(

@@ -19,7 +19,6 @@ import json
 import os
 import runpy
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,13 +29,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxfw.core import runtime
+from jaxfw.core.command import FAILED, INTERRUPTED, OK, UNUSABLE, say_error
 from jaxfw.core.config import check_override, to_plain
 from jaxfw.core.distributed import FLAGS, barrier, current, finish, join_by_flags
 from jaxfw.core.errors import InputError, Preempted, RunError, unknown
 from jaxfw.core.lost import lost, say_host
 from jaxfw.core.workdir import check_shared, claim, open_workdir, release, write_json
 
-OK, FAILED, UNUSABLE, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
+PREEMPTED = 143
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         say_host()
         return launch(config, options["workdir"].value)
     except InputError as error:
-        return _say(argv, str(error), UNUSABLE)
+        return say_error(argv, str(error), UNUSABLE)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return PREEMPTED
@@ -65,18 +65,11 @@ def main(argv: Sequence[str]) -> int:
         if gone is None:
             if not isinstance(error, RunError):
                 raise
-            return _say(argv, str(error), FAILED)
+            return say_error(argv, str(error), FAILED)
         said = f"{current()} lost {gone}, whose own output says why (here: {str(cause).splitlines()[0]})."
-        return _say(
+        return say_error(
             argv, f"{said} Start all again with the same command: it goes on from the newest checkpoint.", FAILED
         )
-
-
-def _say(argv: Sequence[str], message: str, code: int) -> int:
-    if "--traceback" in argv:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return code
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:

@@ -32,12 +32,8 @@ def graded(loss, params, batch=BATCH):
 def plain(request):
     config = request.param
     params = init(config, jax.random.key(1))
-    losses = (("balance", 0.1),) if config.moe else ()
-    return (
-        NextTokenLoss(config, router_losses=losses),
-        params,
-        graded(NextTokenLoss(config, router_losses=losses), params),
-    )
+    loss = NextTokenLoss(config, router_losses=(("balance", 0.1),) if config.moe else ())
+    return loss, params, graded(loss, params)
 
 
 @pytest.mark.parametrize("options", [{"chunk": 7}, {"remat": "layer"}, {"remat": "products", "chunk": 24}], ids=str)
@@ -55,32 +51,22 @@ def test_stacked_layers_take_them_too(plain):
     assert float(found) == pytest.approx(float(value), rel=1e-6)
 
 
-def test_the_loss_is_the_weighted_mean_inside_documents(plain):
+def test_the_loss_is_the_weighted_mean_inside_documents():
     """Row by row and document by document, each alone in a row of its own."""
-    loss, params, _ = plain
-    if loss.config.moe:
-        pytest.skip("tests/test_segments.py has mixtures")
+    loss, params = NextTokenLoss(CONFIG), init(CONFIG, jax.random.key(1))
     total, count = 0.0, 0.0
-    nll, weights = loss.rows(params, BATCH, state={})
+    rows = jax.jit(lambda batch: loss.rows(params, batch, state={}))
+    nll, weights = rows(BATCH)
     for row, ids in enumerate(BATCH["segment_ids"]):
         for segment in range(1, ids.max() + 1):
-            here = ids == segment
-            alone = {name: BATCH[name][row : row + 1, here] for name in ("tokens", "weights")}
-            one, weight = loss.rows(params, alone, state={})
+            alone = {name: BATCH[name][row : row + 1, ids == segment] for name in ("tokens", "weights")}
+            one, weight = rows(alone)
+            assert weight[0] == alone["weights"][0, 1:].sum()
             total, count = total + float(one[0]), count + float(weight[0])
-    assert (
-        count
-        == weights.sum()
-        == sum(
-            BATCH["weights"][row, 1:][(ids[1:] == ids[:-1]) & (ids[1:] > 0)].sum()
-            for row, ids in enumerate(BATCH["segment_ids"])
-        )
-    )
-    assert float(nll.sum()) == pytest.approx(total, rel=1e-5)
-    chunked = dataclasses.replace(loss, chunk=5).rows(params, BATCH, state={})
+    assert count == weights.sum() and float(nll.sum()) == pytest.approx(total, rel=1e-5)
+    chunked = jax.jit(lambda batch: dataclasses.replace(loss, chunk=5).rows(params, batch, state={}))(BATCH)
     chex.assert_trees_all_close(chunked, (nll, weights), rtol=1e-5)
-    plain_loss = dataclasses.replace(loss, router_losses=())
-    assert float(plain_loss(params, BATCH, jax.random.key(0), state={})[0]) == pytest.approx(total / count, rel=1e-5)
+    assert float(graded(loss, params)[0]) == pytest.approx(total / count, rel=1e-5)
 
 
 def temporaries(compile_, config, B, T, **options):

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.perplexity import get_config
-from experiments.perplexity import describe, interval, run, windows
+from experiments.perplexity import describe, run, windows
 from jaxfw.core.errors import InputError
 from jaxfw.data import train_bpe
 from jaxfw.generate import LM
 from jaxfw.models import DecoderConfig, forward, init
+from jaxfw.report import ratio_interval
 
 CONFIG = DecoderConfig(
     vocab=300, width=16, ffn=24, layers=1, heads=2, kv_heads=1, head_dim=8, positions=24, init_std=0.5
@@ -81,10 +82,10 @@ def test_an_interval_of_a_ratio_by_drawing_windows_again():
     nll = count * rng.normal(3, 0.5, 400)
     drawn = rng.integers(0, 400, (4000, 400))
     low, high = np.quantile(nll[drawn].sum(1) / count[drawn].sum(1), [0.025, 0.975])
-    found = interval(nll, count)
+    found = ratio_interval(nll, count)
     assert found.value == pytest.approx(nll.sum() / count.sum())
     assert (found.low, found.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
-    one = interval(nll[:1], count[:1])
+    one = ratio_interval(nll[:1], count[:1])
     assert one.low == one.value == one.high
 
 

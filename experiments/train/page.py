@@ -13,7 +13,7 @@ from experiments.train.reading import Data
 from experiments.train.settings import TrainingConfig
 from jaxfw.models import DecoderConfig
 from jaxfw.models.accounting import parameter_bytes, parameter_count, train_flops
-from jaxfw.report import Curve, Interval, Plot, Table
+from jaxfw.report import Curve, Interval, Plot, Table, ratio_interval
 
 
 def describe_run(c: TrainingConfig, config: DecoderConfig) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def summarise(
     saved: Path | None,
 ) -> dict[str, Any]:
     """`metrics`, `checks` and `report` of a finished run."""
-    losses = ({"before": interval(before)} if before else {}) | {"after": interval(after)}
-    change = None if before is None else interval(Scored(after.nll - before.nll, after.weights))
+    losses = ({"before": ratio_interval(*before)} if before else {}) | {"after": ratio_interval(*after)}
+    change = None if before is None else ratio_interval(after.nll - before.nll, after.weights)
     speed = [row["perf/tokens_per_s"] for row in history if "perf/tokens_per_s" in row]
     used = [row["perf/mfu"] for row in history if "perf/mfu" in row]
     metrics = {
@@ -59,15 +59,6 @@ def summarise(
         "saved": saved and saved.name,
     }
     return {"metrics": metrics, "checks": _checks(change), "report": _report(c, metrics, losses, change, history)}
-
-
-def interval(scored: Scored) -> Interval:
-    """Nats a token over all rows, a ratio of sums, with its 95 % interval by linearisation over rows."""
-    nll, weights = scored.nll, scored.weights
-    total, n = max(weights.sum(), 1.0), len(nll)
-    ratio = float(nll.sum() / total)
-    half = 1.96 * float(np.sqrt(n / max(n - 1, 1) * np.sum((nll - ratio * weights) ** 2)) / total)
-    return Interval(ratio, ratio - half, ratio + half)
 
 
 def _checks(change: Interval | None) -> list[dict[str, Any]]:

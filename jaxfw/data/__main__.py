@@ -13,19 +13,11 @@ from.
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import NoReturn
 
-from jaxfw.core.errors import InputError, RunError
+from jaxfw.core.command import FAILED, OK, UNUSABLE, Parser, run_command
 
-OK, FAILED, UNUSABLE = 0, 1, 2
 LENGTHS = (512, 2048, 8192)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.rstrip('.')}. See --help.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,24 +25,17 @@ def main(argv: Sequence[str]) -> int:
     if not argv or any(word in ("--help", "-h") for word in argv):
         print(__doc__)
         return OK if argv else UNUSABLE
-    try:
-        options = _parser().parse_args(argv)
-        return options.act(options)
-    except (InputError, RunError) as error:
-        if "--traceback" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return UNUSABLE if isinstance(error, InputError) else FAILED
-    except BrokenPipeError:  # what reads the output has seen enough
-        sys.stderr.close()
-        return OK
-    except KeyboardInterrupt:
-        return 130
+    return run_command(_act, argv)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m jaxfw.data", allow_abbrev=False, add_help=False)
-    commands = parser.add_subparsers(required=True, metavar="prepare|inspect|verify", parser_class=_Parser)
+def _act(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv)
+    return options.act(options)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m jaxfw.data", allow_abbrev=False, add_help=False)
+    commands = parser.add_subparsers(required=True, metavar="prepare|inspect|verify", parser_class=Parser)
     for name, act in (("prepare", _prepare), ("inspect", _inspect), ("verify", _verify)):
         command = commands.add_parser(name, allow_abbrev=False, add_help=False)
         command.set_defaults(act=act)

@@ -14,32 +14,26 @@ import dataclasses
 import json
 import math
 import sys
-import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from jaxfw.core import runtime
+from jaxfw.core.command import OK, Parser, run_command
 from jaxfw.core.distributed import FLAGS, finish, join_by_flags
-from jaxfw.core.errors import InputError, RunError, unknown
+from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.launchers import Processes
 from jaxfw.core.mesh import make_mesh, parse_mesh
 from jaxfw.generate.lm import LM, load
 from jaxfw.generate.options import Answer
 
-OK, FAILED, UNUSABLE = 0, 1, 2
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. See --help.")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags; those of drawing are `LM.generate`'s keywords."""
-    p = _Parser(
+    p = Parser(
         prog="python -m jaxfw.generate", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -69,17 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Parse the command line, generate, and say in one line what went wrong; returns the exit code."""
-    try:
-        return run(parse(argv))
-    except (InputError, RunError) as error:
-        if "--traceback" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return UNUSABLE if isinstance(error, InputError) else FAILED
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the text has had enough
-        return FAILED
+    return run_command(lambda argv: run(parse(argv)), argv)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
