@@ -114,6 +114,14 @@ def test_figures_are_those_of_the_committed_results():
     assert not re.findall(r"@\w+@", README)
 
 
+def test_padding_is_that_of_the_committed_run():
+    found, page = results("packing.json"), (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    packed, alone = found["packed"].values(), found["one_document_a_row"].values()
+    assert " / ".join(f"{100 * share:.1f}" for share in packed) + " %" in page
+    assert " / ".join(f"{100 * share:.0f}" for share in alone) + " %" in page
+    assert f"{found['documents']:,} texts" in page and f"{found['mean_tokens']:.0f} tokens on average" in page
+
+
 def test_the_table_of_families_is_that_of_the_committed_parity():
     found, page = results("parity.json"), (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     families = {row["case"]: row["family"] for row in found["parity"]}

@@ -83,7 +83,8 @@ def test_adapters_are_trained_beside_a_base_that_stays(pretrained, launch, tmp_p
     code, _, err = launch(
         *FINETUNE[1:], "--config=configs/finetune.py:lora,smoke", f"--config.init={pretrained}",
         f"--config.quantise={quantise}", "--config.train.steps=60", "--config.train.batch=8",
-        "--config.train.length=64", "--config.train.evaluate_every=60", "--config.train.validation_batches=2", "--config.lora.rank=4",
+        "--config.train.length=64", "--config.train.evaluate_every=60", "--config.train.validation_batches=2",
+        "--config.lora.rank=4",
         "--config.lora.alpha=16.0", "--config.optimizer.learning_rate=2e-2", "--config.optimizer.average=0.9",
     )  # fmt: skip
     assert code == 0, err
