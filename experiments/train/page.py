@@ -64,12 +64,14 @@ def summarise(
 def _checks(change: Interval | None) -> list[dict[str, Any]]:
     if change is None:
         return []
-    name = "held-out loss after training minus before, lower end of the paired 95 % interval (nats per token)"
+    name = "held-out loss did not surely rise: its change, lower end of the paired 95 % interval (nats per token)"
     return [{"name": name, "value": change.low, "bound": 0.0, "ok": change.low < 0}]
 
 
 def _report(c: TrainingConfig, metrics: dict[str, Any], losses, change, history) -> dict[str, Any]:
-    what = "adapters on " + Path(c.init).name if c.lora else Path(c.init).name if c.init else "a fresh decoder"
+    start = Path(c.init)
+    name = start.resolve().parent.name if start.name == "model" else start.name  # of a workdir's model, the workdir's
+    what = f"adapters on {name}" if c.lora else f"{name}, fine-tuned" if c.init else "a fresh decoder"
     paired = "" if change is None else (
         f" The change, paired over rows: {change.value:+.3f} (95 % interval {change.low:+.3f} to {change.high:+.3f})."
     )  # fmt: skip
@@ -83,7 +85,7 @@ def _report(c: TrainingConfig, metrics: dict[str, Any], losses, change, history)
     return {
         "title": f"Training: {what}",
         "summary": (
-            f"{metrics['parameters'] / 1e6:,.1f} M parameters, {metrics['steps']} steps of "
+            f"{metrics['parameters']:,} parameters, {metrics['steps']} steps of "
             f"{c.train.batch * c.train.length:,} tokens of {c.data}, on {jax.device_count()} device(s).{paired}"
         ),
         "figures": figures,
