@@ -113,7 +113,8 @@ def disturbed(setting: Setting, workdir: Path, flags: Sequence[str], *, kills: i
     while len(hits) < kills:
         life = Life(setting, workdir, flags)
         begins = life.step()
-        target = begins + draw.randint(1, max(3 * last // (2 * kills + 2), 1))
+        share = (last - begins) // (kills - len(hits) + 1)  # of what is left, so that the run outlives them all
+        target = begins + draw.randint(1, max(3 * share // 2, 1))
         while not begins < life.step() >= min(target, last - 1) and not life.is_over():  # not before it has begun
             time.sleep(0.005)
         time.sleep(draw.random() * 0.1)
