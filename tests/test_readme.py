@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from experiments.soak import SETTINGS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.S)
 SHELL = "\n".join(text for language, text in BLOCKS if language == "")
 PYTHON = [text for language, text in BLOCKS if language == "python"]
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def results(name: str) -> Any:
@@ -58,7 +61,8 @@ def test_the_code_runs_in_the_order_in_which_it_stands(tmp_path):
         if any(word in line for word in ("runs/quickstart/model", "runs/half", "runs/pretrain"))
     ]
     assert len(commands) == 8
-    for words in (["-c", code], *(shlex.split(line)[1:] for line in commands)):
+    examples = "\n".join(re.findall(r"```python\n(.*?)```", TRAINING, flags=re.S))
+    for words in (["-c", code], ["-c", examples], *(shlex.split(line)[1:] for line in commands)):
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{words[:4]}: {done.stderr}"
     shutil.rmtree(tmp_path / "runs")
@@ -122,6 +126,30 @@ def test_padding_is_that_of_the_committed_run():
     assert f"{found['documents']:,} texts" in page and f"{found['mean_tokens']:.0f} tokens on average" in page
 
 
+def test_every_setting_was_killed_twenty_times_and_lost_nothing():
+    runs = results("soak.json")["results"]
+    assert [run["setting"] for run in runs] == [setting.name for setting in SETTINGS]
+    for run in runs:
+        assert run["kills"] == len(run["hits"]) >= 20 and run["differences"] == []
+        assert {hit["signal"] for hit in run["hits"]} == {"SIGKILL", "SIGTERM"}
+        assert max(hit["seconds"] for hit in run["hits"]) < 60
+
+
+def test_fine_tuning_is_that_of_the_committed_run():
+    found = results("finetune_parity.json")
+    assert found["ok"] and all(found["checks"].values())
+    llama = max(error for row in found["llama"] for error in row["errors"].values())
+    mixtures = [row[path] for row in found["mixtures"] for path in ("eager", "sdpa")]
+    weakest = min(row["error"] for row in found["faults"])
+    figures = [
+        f"LLaMA {llama:.1e} nats, Qwen2-MoE {max(row['error'] for row in mixtures):.1e}".replace("e-0", "e-"),
+        f"{sum(row['changed'] for row in mixtures)} tokens changed their experts",
+        f"{len(found['faults'])} faults in the recipe show, the weakest by {weakest:.1e}".replace("e-0", "e-"),
+    ]
+    assert not [figure for figure in figures if figure not in TRAINING], figures
+    assert f"{max(llama, max(row['error'] for row in mixtures)):.1e} nats".replace("e-0", "e-") in README
+
+
 def test_the_table_of_families_is_that_of_the_committed_parity():
     found, page = results("parity.json"), (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     families = {row["case"]: row["family"] for row in found["parity"]}
@@ -134,7 +162,8 @@ def test_the_table_of_families_is_that_of_the_committed_parity():
 
 
 FILES = (
-    "parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load",
+    "parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load", "packing", "soak",
+    "finetune_parity", "checkpoint",
 )  # fmt: skip
 
 
@@ -143,6 +172,6 @@ def test_results_say_where_they_come_from(name):
     found = results(f"{name}.json")
     found = found["0.10.2"] if name == "kernels" else found
     provenance = found.get("environment", found)
-    assert provenance["command"].startswith("python -m ")
+    assert re.match(r"python (-u )?-m experiments", provenance["command"])
     assert re.fullmatch(r"[0-9a-f]{40}", provenance["commit"]), "made from a commit, with nothing changed"
     assert provenance["versions"]["jax"] and provenance["machine"]["cores"]
