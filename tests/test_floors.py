@@ -18,7 +18,8 @@ FLOORS = (
     ("jaxfw.data",),
     ("jaxfw.generate",),
     ("jaxfw.train",),
-    ("jaxfw.evals", "jaxfw.report"),
+    ("jaxfw.report",),
+    ("jaxfw.evals",),
     ("jaxfw.fed", "jaxfw.merge", "jaxfw.kv", "jaxfw.moe", "jaxfw.sim", "jaxfw.edit", "jaxfw.wan", "jaxfw.nas"),
     ("jaxfw.fuse", "jaxfw.offload"),  # sideways: fuse -> fed, offload -> moe
     ("jaxfw",),  # its table of contents, in __init__

@@ -1,0 +1,57 @@
+"""Small programs of Python to be executed: assignments to three names, and what is printed in the end."""
+
+import dataclasses
+
+import numpy as np
+
+from jaxfw.evals.items import Item
+
+NAMES = ("x", "y", "z")
+MOST = 20  # values stay below: what is trained is following the program, not arithmetic
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """`level` assignments; the working is the value that each gives. Held out is the program."""
+
+    name: str = "code"
+    levels: tuple[int, ...] = (2, 4, 6, 10)
+    standard: int = 4
+
+    def draw(self, rng: np.random.Generator, level: int) -> Item:
+        held: dict[str, int] = {}
+        lines, trace = [], []
+        for _ in range(level):
+            name = NAMES[int(rng.integers(len(NAMES)))]
+            right, value = _right_side(rng, held)
+            held[name] = value
+            lines.append(f"{name} = {right}")
+            trace.append(f"{name}={value}")
+        asked = sorted(held)[int(rng.integers(len(held)))]
+        program = "\n".join([*lines, f"print({asked})"])
+        return Item(
+            identity=f"code {program}",
+            level=level,
+            question=f"What does this print?\n{program}",
+            answer=str(held[asked]),
+            working=" ".join(trace),
+        )
+
+
+def _right_side(rng: np.random.Generator, held: dict[str, int]) -> tuple[str, int]:
+    """An expression over what is held, with its value in 0..MOST - 1; a number where nothing else fits."""
+    number = int(rng.integers(1, 10))
+    known = sorted(held)
+    if known and rng.random() < 0.8:
+        first = known[int(rng.integers(len(known)))]
+        second = known[int(rng.integers(len(known)))]
+        made = (
+            (f"{first} + {number}", held[first] + number),
+            (f"{first} - {number}", held[first] - number),
+            (f"{first} + {second}", held[first] + held[second]),
+            (f"max({first}, {second})", max(held[first], held[second])),
+        )
+        text, value = made[int(rng.integers(len(made)))]
+        if 0 <= value < MOST:
+            return text, value
+    return str(number), number
