@@ -210,6 +210,7 @@ def train_bpe(
     vocab_size: int,
     special_tokens: Mapping[str, str] = SPECIAL_TOKENS,
     chat_template: str | None = DEFAULT_TEMPLATE,
+    single_digits: bool = False,
 ) -> Tokenizer:
     """Byte-level BPE from texts: any Unicode text comes back as it went in. The same texts give the same tokenizer.
 
@@ -218,6 +219,7 @@ def train_bpe(
         vocab_size: at most this many tokens, at least 256 and the special ones; few texts give fewer.
         special_tokens: by the name of their role; they get the first ids, and a `bos_token` is put before every text.
         chat_template: the default template; None for none.
+        single_digits: each digit of a number is a token of its own.
     """
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -227,7 +229,9 @@ def train_bpe(
     for name in set(special_tokens) - set(NAMED):
         raise InputError(f"special_tokens: {name!r} is not one of {', '.join(NAMED)}.")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if single_digits else words
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

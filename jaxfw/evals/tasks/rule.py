@@ -4,14 +4,25 @@ import dataclasses
 
 import numpy as np
 
-from jaxfw.evals.items import Item
+from jaxfw.evals.items import Item, side
 
 SHIFTS = tuple(range(1, 10))
+NUMBERS = range(10, 500)
+
+
+def _identity(number: int) -> str:
+    return f"rule {number}"
+
+
+SHOWN = np.array([number for number in NUMBERS if side(_identity(number)) == "train"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """x -> x + c for a c that only the shots show, `level` of them. Without one, chance is one in nine."""
+    """x -> x + c for a c that only the shots show, `level` of them. Without one, chance is one in nine.
+
+    Held out is the number that is asked about: it is never shown either.
+    """
 
     name: str = "rule"
     levels: tuple[int, ...] = (0, 1, 2, 4, 8)
@@ -19,9 +30,10 @@ class Rule:
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
         shift = int(rng.choice(SHIFTS))
-        *shown, asked = (int(x) for x in rng.choice(np.arange(10, 500), size=level + 1, replace=False))
+        asked = int(rng.choice(NUMBERS))
+        shown = rng.choice(SHOWN[asked != SHOWN], size=level, replace=False).tolist()
         return Item(
-            identity=f"rule {shift} {asked}",
+            identity=_identity(asked),
             level=level,
             context="".join(f"Q: {x} -> ?\nA: {x + shift}\n" for x in shown),
             question=f"{asked} -> ?",

@@ -1,0 +1,87 @@
+"""What the embedded model reads: solved items of the training side, statements of facts, repeated segments, English."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxfw.core.shapes import Float, Int
+from jaxfw.data import Tokenizer, stdlib_docstrings
+from jaxfw.evals import TASKS, Item, draw, world
+from jaxfw.evals.tasks.knowledge import FAME, PERSONAL, statement
+
+STATEMENTS = "statements"
+PROMPT_WEIGHT = 0.1  # of tokens that are read rather than answered
+SOLO = 0.7  # of the items stand without shots
+MOST_SHOTS = 4
+EASE = 0.6  # each level is drawn so many times as often as the easier one before it
+VOCABULARY_ITEMS = 400  # of each task at each level, from which the tokenizer learns its words
+
+Piece = tuple[str, float]  # a text and the weight of its tokens
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lessons:
+    """Documents for `jaxfw.data.Procedural`: `shares` says how often each task (or "statements") is drawn."""
+
+    tokenizer: Tokenizer
+    shares: Mapping[str, float]
+    most_tokens: int
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Float[np.ndarray, "T"]]:
+        names = list(self.shares)
+        weights = np.array([self.shares[name] for name in names])
+        while True:
+            name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+            pieces = known_person(rng) if name == STATEMENTS else solved(rng, name)
+            tokens, counts = encode(self.tokenizer, pieces)
+            if len(tokens) <= self.most_tokens:
+                return tokens, counts
+
+
+def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[Int[np.ndarray, "T"], Float[np.ndarray, "T"]]:
+    """A document, begun and ended by the tokenizer's marks, with the weight of each token's prediction."""
+    ids, weights = [tokenizer.bos_id], [0.0]
+    for text, weight in pieces:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        ids += found
+        weights += [weight] * len(found)
+    return np.array([*ids, tokenizer.eos_id], np.int32), np.array([*weights, PROMPT_WEIGHT], np.float32)
+
+
+def ease(levels: int) -> Float[np.ndarray, "levels"]:
+    """Shares of the levels, falling."""
+    shares = EASE ** np.arange(levels)
+    return shares / shares.sum()
+
+
+def solved(rng: np.random.Generator, name: str) -> list[Piece]:
+    """An item behind shots of its own level, or none, all with their answers."""
+    task = TASKS[name]
+    level = int(rng.choice(task.levels, p=ease(len(task.levels))))
+    count = 0 if rng.random() < SOLO else int(rng.integers(1, MOST_SHOTS + 1))
+    found: list[Item] = [draw(task, rng, level, "train") for _ in range(1 + count)]
+    return [piece for item in found for piece in ((item.prompt, PROMPT_WEIGHT), (item.target, 1.0))]
+
+
+def known_person(rng: np.random.Generator) -> list[Piece]:
+    """Everything about someone, in any order, or the region of a town; the well-known are met more often."""
+    if rng.random() < 0.05:
+        town = world.towns()[int(rng.integers(world.TOWNS))]
+        return [(statement("region", town) + "\n", 1.0)]
+    group = int(rng.choice(FAME, p=ease(FAME)))
+    size = world.PEOPLE // FAME
+    person = world.people()[group * size + int(rng.integers(size))]
+    facts = [statement(relation, person) for relation in rng.permutation(PERSONAL)]
+    return [(" ".join(facts) + "\n", 1.0)]
+
+
+def vocabulary_texts() -> list[str]:
+    """What the tokenizer is trained on."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(text for text, _ in known_person(rng)) for _ in range(4 * world.PEOPLE)]
+    for task in TASKS.values():
+        for level in task.levels[:3]:
+            drawn = (draw(task, rng, level, "train") for _ in range(VOCABULARY_ITEMS))
+            texts += [item.prompt + item.target for item in drawn]
+    return texts + stdlib_docstrings()

@@ -1,0 +1,107 @@
+"""What the embedded model reads: whole lessons, nothing of the test side, tokens as an evaluation makes them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import embedded as config
+from experiments.embedded import EMBEDDING_STD, EmbeddedConfig, LessonShares, batches, fresh
+from experiments.embedded.lessons import STATEMENTS, Lessons, encode, known_person, solved
+from jaxfw.core.config import to_dataclass
+from jaxfw.data import train_bpe
+from jaxfw.evals import TASKS, items, side, world
+from jaxfw.evals.shots import few_shot
+from jaxfw.evals.tasks.knowledge import QUESTIONS
+from jaxfw.launch import main
+from jaxfw.models import DecoderConfig
+
+TEXTS = [text for name in TASKS for seed in range(30) for text, _ in solved(np.random.default_rng(seed), name)]
+TOKENIZER = train_bpe(TEXTS, vocab_size=500, single_digits=True)
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """Texts of many lessons."""
+    shares = {name: 1.0 for name in (*TASKS, STATEMENTS)}
+    lessons = Lessons(TOKENIZER, shares, 1000)
+    return [TOKENIZER.decode(lessons(np.random.default_rng(seed))[0]) for seed in range(3000)]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_test_item_is_in_the_stream(stream, name):
+    """Exactly, as a prompt with its answer, whatever stands around it."""
+    joined = "\n".join(stream)
+    task = TASKS[name]
+    for level in task.levels:
+        for item in items(task, n=100, level=level, seed=1):
+            question = f"Q: {item.question}\nA:"
+            where = joined.find(f"{item.context}{question}{item.target}")
+            assert where < 0, item
+
+
+def test_held_out_wordings_and_chains_are_never_asked(stream):
+    """By template: no question of the stream has an identity of the test side."""
+    asked = {line.removeprefix("Q: ") for text in stream for line in text.splitlines() if line.startswith("Q: ")}
+    found = 0
+    for relation in ("home", "trade", "instrument", "superior"):
+        for person in world.people():
+            for wording, question in enumerate(QUESTIONS[relation]):
+                if question.format(person) in asked:
+                    found += 1
+                    assert side(f"facts {relation} {person} {wording}") == "train"
+    assert found > 200
+
+
+def test_tokens_of_a_lesson_are_those_of_the_prompt_and_its_answer():
+    for name, task in TASKS.items():
+        item = items(task, n=1, level=task.standard, seed=0)[0]
+        shots = items(task, n=2, level=task.standard, seed=3, split="train")
+        prompt = few_shot(item, shots)
+        tokens, weights = encode(TOKENIZER, [(prompt.text, 0.1), (item.target, 1.0)])
+        assert [TOKENIZER.bos_id, *tokens[1:-1]] == TOKENIZER.encode(prompt.text + item.target), name
+        assert tokens[: len(TOKENIZER.encode(prompt.text))].tolist() == TOKENIZER.encode(prompt.text), name
+        assert weights[0] == 0 and (weights == 1).sum() == len(tokens) - 1 - len(TOKENIZER.encode(prompt.text))
+
+
+def test_shots_and_levels_and_statements_all_come_up():
+    pieces = [solved(np.random.default_rng(seed), "rule") for seed in range(200)]
+    assert {len(found) // 2 for found in pieces} == {1, 2, 3, 4, 5}
+    told = {text for seed in range(2000) for text, _ in known_person(np.random.default_rng(seed))}
+    assert sum(" lies in " in text for text in told) >= world.TOWNS - 2
+    assert sum(text.count(".") == 4 for text in told) > 500
+
+
+def test_numbers_are_read_digit_by_digit():
+    ids = TOKENIZER.encode(" 4711", add_special_tokens=False)
+    assert [TOKENIZER.decode([id_]) for id_ in ids][-4:] == ["4", "7", "1", "1"] and TOKENIZER.decode(ids) == " 4711"
+
+
+def test_the_first_parameters_are_large_where_tokens_come_in_and_small_where_layers_go_out():
+    c = config.get_config("smoke")
+    model = to_dataclass(DecoderConfig, c.model)
+    flat = {"/".join(path): float(x.std()) for path, x in flatten_dict(fresh(model, jax.random.key(0))).items()}
+    assert flat["embed/embedding"] == pytest.approx(EMBEDDING_STD, rel=0.05)
+    assert flat["layers_0/attn/o/kernel"] == pytest.approx(0.5 * flat["layers_0/attn/q/kernel"], rel=0.2)
+
+
+def test_a_stage_trains_measures_and_goes_on_into_the_next(tmp_path, capsys):
+    first, second = tmp_path / "one", tmp_path / "two"
+    assert main(["launch", "--config=configs/embedded.py:smoke", f"--workdir={first}"]) == 0
+    rows = json.loads((first / "results.json").read_text())["metrics"]["abilities"]
+    assert [row["task"] for row in rows] == list(TASKS)[:7] and all(row["n"] == 4 for row in rows)
+    words = ["launch", "--config=configs/embedded.py:smoke,stage=2", f"--config.init={first}", f"--workdir={second}"]
+    assert main(words) == 0
+    capsys.readouterr()
+    names = [(folder / "model" / "tokenizer.json").read_bytes() for folder in (first, second)]
+    assert names[0] == names[1]
+
+
+def test_rows_come_from_all_sources():
+    c = to_dataclass(EmbeddedConfig, config.get_config("smoke"))
+    source = batches(c, TOKENIZER)
+    assert source(1)["tokens"].shape == (c.train.batch, c.train.length + 1)
+    assert {source.place(number)[0] for number in range(40)} == {0, 1, 2}
+    assert {*vars(c.lessons)} == {*TASKS, STATEMENTS} == {*LessonShares.__dataclass_fields__}
