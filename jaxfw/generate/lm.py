@@ -127,6 +127,11 @@ class LM:
         )  # fmt: skip
         return out[0] if isinstance(prompts, str) else out
 
+    def generate_from(self, tokens: Sequence[Sequence[int]], **options: Unpack[Options]) -> list[str]:
+        """As `generate`, from rows of token ids that are taken as they are."""
+        rows = [list(row) for row in tokens]
+        return self._continue(rows, rows, n=None, details=False, **options)
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

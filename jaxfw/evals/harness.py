@@ -1,0 +1,251 @@
+"""Our models in EleutherAI's lm-evaluation-harness: public tasks, the requests of its `hf` backend. Needs `eval`.
+
+    python -m jaxfw.evals.harness run --model jaxfw --model_args pretrained=DIR --tasks arc_easy,gsm8k
+
+    from jaxfw.evals.harness import HarnessLM
+    lm_eval.simple_evaluate(model=HarnessLM(jaxfw.load(DIR)), tasks=["arc_easy"])
+
+Requests are cut into tokens as `hf` does it, with one difference: of a prompt to be continued that is too long, the
+beginning-of-text token stays. Rows of like length share a call, and are padded to a few sizes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise ImportError("jaxfw.evals.harness needs lm-eval: pip install 'jaxfw[eval]'.") from error
+
+from jaxfw.core.errors import InputError, unknown
+from jaxfw.core.mesh import constrain
+from jaxfw.core.shapes import Array, Bool, Float, Int, PyTree
+from jaxfw.generate.lm import LM, load
+from jaxfw.generate.prompts import bucket, pack
+from jaxfw.models import DecoderConfig, embed, first_step, head, trunk
+from jaxfw.ops.losses import token_log_probs
+
+LOGIT_TOKENS = 1024  # whose logits are alive at once
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+Row = tuple[list[int], int]  # tokens, of which the last so many are scored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generation:
+    """How a request wants to be continued."""
+
+    until: tuple[str, ...]
+    new_tokens: int
+    sampling: tuple[tuple[str, float], ...]
+
+
+@register_model("jaxfw")
+class HarnessLM(TemplateLM):
+    """A model with its tokenizer as the harness asks for it.
+
+    Args:
+        pretrained: a Hugging Face model directory, or what `jaxfw.load` gave.
+        batch_size: rows that are scored or continued together.
+        max_gen_toks: new tokens where a task does not say how many.
+        quantise: "int8" or "int4".
+        dtype: of the arithmetic; None is as stored.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        pretrained: str | LM,
+        *,
+        batch_size: int | str = 16,
+        max_gen_toks: int = 256,
+        quantise: str | None = None,
+        dtype: str | None = None,
+        **more: Any,
+    ):
+        super().__init__()
+        # What the harness hands to every model, and means nothing here.
+        stray = sorted(set(more) - {"device", "max_batch_size"})
+        if stray:
+            known = ("batch_size", "dtype", "max_gen_toks", "pretrained", "quantise")
+            raise unknown("--model_args", stray[0], known)
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise InputError(f"batch_size={batch_size!r} must be a whole number from 1 on.")
+        self.lm = pretrained if isinstance(pretrained, LM) else load(pretrained, quantise=quantise, dtype=dtype)
+        self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
+        self.max_length = self.lm.config.context
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        found = self.lm.tokenizer.eos_id
+        return found if found is not None else next(iter(self.lm.stop_ids), 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context."""
+        found = self.lm.tokenizer.bos_id
+        return self.eot_token_id if found is None else found
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name of cached requests."""
+        return f"jaxfw-{self.lm.attributes.get('model_type', 'model')}-{self.lm.tokenizer.vocab_size}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; a text that begins with the beginning-of-text token gets no second one."""
+        if add_special_tokens is None:
+            bos = self.lm.tokenizer.special_tokens.get("bos_token")
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.lm.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; without a generation prompt, its last message is left open."""
+        messages: Any = chat_history
+        text = self.lm.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        return text[: text.rindex(last) + len(last)]
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The template by its text, for the harness's records."""
+        return (self.lm.tokenizer.chat_template or "") if chat_template else ""
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        rows = [((context + text)[-(self.max_length + 1) :], len(text)) for _, context, text in requests]
+        found = self._score(rows)
+        for request, result in zip(requests, found, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts, each token once, in windows of the context's length that do not overlap."""
+        rows: list[Row] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            (string,) = request.args
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(string), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            for window in windows:
+                context, text = utils.make_disjoint_window(window)
+                rows.append(((context + text)[-(self.max_length + 1) :], len(text)))
+                owners.append(number)
+        sums = np.zeros(len(requests))
+        np.add.at(sums, owners, [total for total, _ in self._score(rows)])
+        return sums.tolist()
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to a stop string; greedy unless a task asks for sampling."""
+        wanted = [self._generation(request.args[1]) for request in requests]
+        ids = [self._prompt(request.args[0], want.new_tokens) for request, want in zip(requests, wanted, strict=True)]
+        outputs = [""] * len(requests)
+        for want in dict.fromkeys(wanted):
+            order = sorted((i for i in range(len(ids)) if wanted[i] == want), key=lambda i: -len(ids[i]))
+            for begin in range(0, len(order), self.batch_size):
+                here = order[begin : begin + self.batch_size]
+                options: Any = dict(want.sampling)
+                made = self.lm.generate_from(
+                    [ids[i] for i in here], max_new_tokens=want.new_tokens, stop=want.until, **options
+                )
+                for i, text in zip(here, made, strict=True):
+                    outputs[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return outputs
+
+    def _generation(self, options: dict[str, Any]) -> _Generation:
+        given = options.get("until") or []
+        until: list[str] = [given] if isinstance(given, str) else given
+        sampling = {name: options[name] for name in SAMPLING if options.get(name) is not None}
+        if not options.get("do_sample", bool(sampling.get("temperature"))):
+            sampling = {}
+        return _Generation(
+            tuple(text for text in until if text), int(options.get("max_gen_toks", self.max_gen_toks)),
+            tuple(sorted(sampling.items())),
+        )  # fmt: skip
+
+    def _prompt(self, text: str, new_tokens: int) -> list[int]:
+        room = self.max_length - new_tokens
+        if room < 2:
+            raise InputError(f"max_gen_toks={new_tokens} leaves no room for a prompt in {self.max_length} positions.")
+        ids = self.tok_encode(text)
+        if len(ids) <= room:
+            return ids
+        begins = ids[:1] if ids[0] == self.lm.tokenizer.bos_id else []
+        return begins + ids[len(ids) - room + len(begins) :]
+
+    def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
+        """Of each row's last tokens the summed log-probability, and whether each is the likeliest."""
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+        for begin in range(0, len(order), self.batch_size):
+            here = order[begin : begin + self.batch_size]
+            read = [rows[i][0] for i in here] + [[0, 0]] * (self.batch_size - len(here))
+            size = min(bucket(max(map(len, read)) - 1), self.max_length)
+            tokens, lengths = pack([row[:-1] for row in read], size)
+            targets, _ = pack([row[1:] for row in read], size)
+            on_mesh = contextlib.nullcontext() if self.lm.mesh is None else jax.set_mesh(self.lm.mesh)
+            with on_mesh:
+                scores, best = score_targets(self.lm.config, self.lm.params, tokens, targets, lengths=lengths)
+            scores, best = np.asarray(scores, np.float64), np.asarray(best)
+            for place, i in enumerate(here):
+                end = len(rows[i][0]) - 1
+                last = slice(end - rows[i][1], end)
+                found[i] = (float(scores[place, last].sum()), bool(best[place, last].all()))
+        return found
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score_targets(
+    config: DecoderConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B T"],
+    *,
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Log-probability of what follows each token, float32, and whether nothing is likelier.
+
+    The logits of a block of tokens at a time are alive, never all.
+    """
+    B, T = tokens.shape
+    x = trunk(config, params, embed(config, params, tokens), first_step(lengths, T)).x
+    block = min(T, max(1, LOGIT_TOKENS // B))
+    blocks = -(-T // block)
+    x = jnp.pad(x, ((0, 0), (0, blocks * block - T), (0, 0))).reshape(B, blocks, block, -1)
+    targets = jnp.pad(targets, ((0, 0), (0, blocks * block - T))).reshape(B, blocks, block)
+
+    def score(part: tuple[Any, Any]) -> tuple[Any, Any]:
+        logits = head(config, params, part[0])
+        return token_log_probs(logits, part[1]), jnp.argmax(logits, axis=-1) == part[1]
+
+    found = jax.lax.map(score, (jnp.swapaxes(x, 0, 1), jnp.swapaxes(targets, 0, 1)))
+    scores, best = (constrain(jnp.swapaxes(part, 0, 1).reshape(B, -1)[:, :T], None, None) for part in found)
+    return scores, best
+
+
+def main() -> None:
+    """lm-eval's own command line, where `--model jaxfw` is known."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
