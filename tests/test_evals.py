@@ -1,6 +1,10 @@
 """Asking a model: prompts and their shots, answers in batches, choices behind a prefix, and the command line."""
 
 import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -79,6 +83,18 @@ def test_spans_of_tokens_are_those_of_their_shots():
     assert [prompt.text[begin:end] for begin, end in prompt.shots] == [shot.prompt + shot.target for shot in shots]
     assert TOKENIZER.decode(ids[spans[-1][1] :]) == item.prompt
     assert token_spans(TOKENIZER, few_shot(item, ())) == []
+
+
+def test_the_page_on_adding_a_task_runs(directory, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "add_a_task.md").read_text(encoding="utf-8")
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "model").symlink_to(directory)
+    monkeypatch.chdir(tmp_path)
+    held = {"__name__": "page"}
+    monkeypatch.setitem(sys.modules, "page", types.ModuleType("page"))
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S)), held)
+    assert capsys.readouterr().out.startswith("Interval(value=")
+    assert items(held["Reverse"](), n=500, level=5, seed=0)
 
 
 def test_trivial_answers():

@@ -60,7 +60,7 @@ def test_the_code_runs_in_the_order_in_which_it_stands(tmp_path):
         for line in SHELL.splitlines()
         if any(word in line for word in ("runs/quickstart/model", "runs/half", "runs/pretrain"))
     ]
-    assert len(commands) == 8
+    assert len(commands) == 9
     examples = "\n".join(re.findall(r"```python\n(.*?)```", TRAINING, flags=re.S))
     for words in (["-c", code], ["-c", examples], *(shlex.split(line)[1:] for line in commands)):
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
