@@ -49,6 +49,7 @@ bench: .venv-oracle/installed  ## speed and loading beside transformers and torc
 	$(ORACLE) -m experiments.bench.checkpoint
 	$(ORACLE) -m experiments.bench.packing
 	$(ORACLE) -m experiments.bench.families
+	$(ORACLE) -m experiments.bench.harness
 
 soak: .venv/dev  ## kill training runs 20 times each, on one device, on eight, as two processes; compare the bits
 	$(BIN) -m experiments.soak

@@ -50,7 +50,6 @@ class _Generation:
     sampling: tuple[tuple[str, float], ...]
 
 
-@register_model("jaxfw")
 class HarnessLM(TemplateLM):
     """A model with its tokenizer as the harness asks for it.
 
@@ -209,6 +208,9 @@ class HarnessLM(TemplateLM):
                 last = slice(end - rows[i][1], end)
                 found[i] = (float(scores[place, last].sum()), bool(best[place, last].all()))
         return found
+
+
+register_model("jaxfw")(HarnessLM)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,6 +1,8 @@
 """The same requests through lm-eval's own `hf` backend and through ours: log-likelihoods, strings, chat."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -118,3 +120,13 @@ def test_what_cannot_be_used_is_named(directory, options, message):
 def test_a_generation_without_room_for_its_prompt_is_named(backends):
     with pytest.raises(InputError, match="max_gen_toks=192 leaves no room"):
         backends[0]._prompt("text", 192)
+
+
+def test_the_benchmark_compares_before_it_times():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench.harness", "--smoke"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines() if " ratio " in line] == [
+        "loglikelihood", "loglikelihood_rolling", "generate_until",
+    ]  # fmt: skip
