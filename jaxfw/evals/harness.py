@@ -190,24 +190,40 @@ class HarnessLM(TemplateLM):
         return begins + ids[len(ids) - room + len(begins) :]
 
     def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
-        """Of each row's last tokens the summed log-probability, and whether each is the likeliest."""
+        """Of each row's last tokens the summed log-probability, and whether each is the likeliest.
+
+        Rows that differ in their last token only, as answers of one token do, are read once.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (tokens, _) in enumerate(rows):
+            groups.setdefault(tuple(tokens[:-1]), []).append(i)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-        for begin in range(0, len(order), self.batch_size):
-            here = order[begin : begin + self.batch_size]
-            read = [rows[i][0] for i in here] + [[0, 0]] * (self.batch_size - len(here))
-            size = min(bucket(max(map(len, read)) - 1), self.max_length)
-            tokens, lengths = pack([row[:-1] for row in read], size)
-            targets, _ = pack([row[1:] for row in read], size)
-            on_mesh = contextlib.nullcontext() if self.lm.mesh is None else jax.set_mesh(self.lm.mesh)
-            with on_mesh:
-                scores, best = score_targets(self.lm.config, self.lm.params, tokens, targets, lengths=lengths)
-            scores, best = np.asarray(scores, np.float64), np.asarray(best)
-            for place, i in enumerate(here):
-                end = len(rows[i][0]) - 1
-                last = slice(end - rows[i][1], end)
-                found[i] = (float(scores[place, last].sum()), bool(best[place, last].all()))
+        inputs = sorted(groups, key=len, reverse=True)
+        for begin in range(0, len(inputs), self.batch_size):
+            here = inputs[begin : begin + self.batch_size]
+            members = [groups[tokens] for tokens in here]
+            last = np.zeros((_power(len(here)), _power(max(map(len, members)))), np.int32)
+            for place, group in enumerate(members):
+                last[place, : len(group)] = [rows[i][0][-1] for i in group]
+            read = [*here, *[(0,)] * (len(last) - len(here))]
+            size = min(bucket(max(map(len, read))), self.max_length)
+            tokens, lengths = pack([list(row) for row in read], size)
+            targets, _ = pack([[*row[1:], 0] for row in read], size)
+            with contextlib.nullcontext() if self.lm.mesh is None else jax.set_mesh(self.lm.mesh):
+                out = score_targets(self.lm.config, self.lm.params, tokens, targets, last, lengths=lengths)
+            scores, best, last_scores, last_best = (np.asarray(part) for part in out)
+            for place, group in enumerate(members):
+                for k, i in enumerate(group):
+                    end = len(here[place]) - 1
+                    inner = slice(end + 1 - rows[i][1], end)
+                    total = scores[place, inner].sum(dtype=np.float64) + last_scores[place, k]
+                    found[i] = (float(total), bool(best[place, inner].all() and last_best[place, k]))
         return found
+
+
+def _power(count: int) -> int:
+    """The power of two from `count` on: sizes of batches, so that few programs are compiled."""
+    return 1 << (count - 1).bit_length()
 
 
 register_model("jaxfw")(HarnessLM)
@@ -219,15 +235,19 @@ def score_targets(
     params: PyTree,
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
+    last: Int[Array, "B K"],
     *,
     lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Float[Array, "B K"], Bool[Array, "B K"]]:
     """Log-probability of what follows each token, float32, and whether nothing is likelier.
 
-    The logits of a block of tokens at a time are alive, never all.
+    Then the same of K tokens behind each row's end. The logits of a block of tokens at a time are alive, never all.
     """
     B, T = tokens.shape
     x = trunk(config, params, embed(config, params, tokens), first_step(lengths, T)).x
+    end = head(config, params, jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1))
+    last_scores = token_log_probs(jnp.broadcast_to(end, (*last.shape, end.shape[-1])), last)
+    last_best = jnp.argmax(end, axis=-1) == last
     block = min(T, max(1, LOGIT_TOKENS // B))
     blocks = -(-T // block)
     x = jnp.pad(x, ((0, 0), (0, blocks * block - T), (0, 0))).reshape(B, blocks, block, -1)
@@ -238,8 +258,8 @@ def score_targets(
         return token_log_probs(logits, part[1]), jnp.argmax(logits, axis=-1) == part[1]
 
     found = jax.lax.map(score, (jnp.swapaxes(x, 0, 1), jnp.swapaxes(targets, 0, 1)))
-    scores, best = (constrain(jnp.swapaxes(part, 0, 1).reshape(B, -1)[:, :T], None, None) for part in found)
-    return scores, best
+    scores, best = (jnp.swapaxes(part, 0, 1).reshape(B, -1)[:, :T] for part in found)
+    return tuple(constrain(part, None, None) for part in (scores, best, last_scores, last_best))
 
 
 def main() -> None:

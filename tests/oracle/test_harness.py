@@ -49,7 +49,7 @@ def manager(tmp_path_factory):
     texts = stdlib_docstrings(most=60)[:24]
     docs = [
         {"text": text[:60], "long": text[:1500], "answer": text[60:70],
-         "choices": [text[60:66] or "x", "other things", f" {i}", "ok "], "label": i % 4}
+         "choices": [text[60:66] or "x", "other things", "a", "i"], "label": i % 4}
         for i, text in enumerate(texts)
     ]  # fmt: skip
     (folder / "docs.json").write_text("\n".join(map(json.dumps, docs)))
