@@ -163,7 +163,7 @@ def test_the_table_of_families_is_that_of_the_committed_parity():
 
 FILES = (
     "parity", "greedy", "cpu_lm", "quickstart", "kernels", "sharding", "h200", "seams", "load", "packing", "soak",
-    "finetune_parity", "checkpoint",
+    "finetune_parity", "checkpoint", "harness",
 )  # fmt: skip
 
 
