@@ -95,8 +95,29 @@ def test_a_stage_trains_measures_and_goes_on_into_the_next(tmp_path, capsys):
     words = ["launch", "--config=configs/embedded.py:smoke,stage=2", f"--config.init={first}", f"--workdir={second}"]
     assert main(words) == 0
     capsys.readouterr()
+    third = [
+        "launch",
+        "--config=configs/embedded.py:smoke,stage=2",
+        f"--config.init={first}",
+        "--config.model.layers=1",
+    ]
+    assert main([*third, f"--workdir={tmp_path / 'three'}"]) == 2
+    assert "holds another model than config.model" in capsys.readouterr().err
     names = [(folder / "model" / "tokenizer.json").read_bytes() for folder in (first, second)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config.train.steps=0"], "train.steps=0 must be at least 1"),
+        (["--config.train.length=5000"], "train.length=5000 exceeds model.positions=1280"),
+        (["--config.train.length=4"], "train.length=4 holds none of"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(tmp_path, capsys, words, message):
+    assert main(["launch", "--config=configs/embedded.py:smoke", f"--workdir={tmp_path / 'run'}", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_rows_come_from_all_sources():

@@ -57,6 +57,11 @@ class LoopConfig:
     asked: int
     final: int
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise InputError(f"train.{field.name}={getattr(self, field.name)} must be at least 1.")
+
 
 @dataclasses.dataclass(frozen=True)
 class RowShares:
@@ -118,6 +123,8 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     """Train a stage and measure it."""
     c = to_dataclass(EmbeddedConfig, config)
     begun = load(_model_folder(c.init)) if c.init else None
+    if begun and begun.config != c.model:
+        raise InputError(f"config.init={c.init!r} holds another model than config.model: stages share one.")
     tokenizer = begun.tokenizer if begun else _tokenizer(c)
     lm = LM(c.model, {}, tokenizer, (tokenizer.eos_id or 0,))
     source, optimizer = batches(c, tokenizer), make_optimizer(c.optimizer, steps=c.train.steps)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Float, Int
 from jaxfw.data import Tokenizer, stdlib_docstrings
 from jaxfw.evals import TASKS, Item, draw, world
@@ -16,6 +17,8 @@ SOLO = 0.7  # of the items stand without shots
 MOST_SHOTS = 4
 EASE = 0.6  # each level is drawn so many times as often as the easier one before it
 VOCABULARY_ITEMS = 400  # of each task at each level, from which the tokenizer learns its words
+
+TRIES = 1000  # until a lesson fits into a row
 
 Piece = tuple[str, float]  # a text and the weight of its tokens
 
@@ -31,12 +34,13 @@ class Lessons:
     def __call__(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Float[np.ndarray, "T"]]:
         names = list(self.shares)
         weights = np.array([self.shares[name] for name in names])
-        while True:
+        for _ in range(TRIES):
             name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
             pieces = known_person(rng) if name == STATEMENTS else solved(rng, name)
             tokens, counts = encode(self.tokenizer, pieces)
             if len(tokens) <= self.most_tokens:
                 return tokens, counts
+        raise InputError(f"train.length={self.most_tokens} holds none of {TRIES} lessons: rows must be longer.")
 
 
 def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[Int[np.ndarray, "T"], Float[np.ndarray, "T"]]:
