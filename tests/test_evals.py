@@ -12,7 +12,7 @@ import pytest
 
 from jaxfw.core.errors import InputError
 from jaxfw.data import train_bpe
-from jaxfw.evals import TASKS, items
+from jaxfw.evals import TASKS, items, wilson
 from jaxfw.evals.__main__ import main
 from jaxfw.evals.baselines import BASELINES, chance, copy_last, majority, nearest
 from jaxfw.evals.evaluate import baselines, choose, evaluate, examples
@@ -60,6 +60,8 @@ def test_a_right_model_is_right():
         assert perfect.accuracy.value == perfect.accuracy.high == 1 and perfect.shares.sum() == 20
         half = score(name, 2, 0, asked, [item.target if i % 2 else "" for i, item in enumerate(asked)])
         assert half.accuracy.value == 0.5 and 0.2 < half.accuracy.low < 0.4
+        none = score(name, 2, 0, asked, ["" for _ in asked])
+        assert none.accuracy.low == 0 and none.accuracy.high == pytest.approx(wilson(0, 20).high), "never of no width"
 
 
 def test_the_likeliest_choice_is_that_of_the_joined_texts(m):

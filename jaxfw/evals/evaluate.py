@@ -14,7 +14,6 @@ from jaxfw.evals.items import Item, Task, draw, items, right
 from jaxfw.evals.shots import Prompt, few_shot
 from jaxfw.generate import LM
 from jaxfw.report.contents import Interval
-from jaxfw.report.estimates import ratio_interval
 
 SPARE = 8  # tokens beyond the longest right output, for answers that run on
 BATCH = 32
@@ -39,10 +38,10 @@ class Score:
 
     @property
     def accuracy(self) -> Interval:
-        """Wilson's interval; where an item has many answers, which are not independent, that over items."""
-        if self.asked.max() > 1:
-            return ratio_interval(self.correct, self.asked)
-        return wilson(int(self.correct.sum()), len(self.items))
+        """Wilson's interval over items; the answers of one are taken to stand and fall together, which is cautious."""
+        n, good, asked = len(self.items), int(self.correct.sum()), int(self.asked.sum())
+        low, high = wilson(good * n // asked, n).low, wilson(-(-good * n // asked), n).high
+        return Interval(good / asked, low, high)
 
 
 def evaluate(
