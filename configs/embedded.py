@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.train = ConfigDict()
-    c.train.steps = 5000 if args.stage == 1 else 3000
+    c.train.steps = 3000
     c.train.batch = 32 if args.stage == 1 else 8
     c.train.length = 256 if args.stage == 1 else 1024
     c.train.log_every = 25

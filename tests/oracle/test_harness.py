@@ -13,6 +13,7 @@ from jaxfw.data import stdlib_docstrings, train_bpe
 from jaxfw.generate import LM
 from jaxfw.models import DecoderConfig, init
 
+pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.models.huggingface import HFLM  # noqa: E402

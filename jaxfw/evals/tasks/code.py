@@ -12,7 +12,7 @@ MOST = 20  # values stay below: what is trained is following the program, not ar
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """`level` assignments; the working is the value that each gives. Held out is the program."""
+    """`level` assignments; the working repeats each, puts the values in and works them out. Held out is the program."""
 
     name: str = "code"
     levels: tuple[int, ...] = (2, 4, 6, 10)
@@ -23,10 +23,10 @@ class Code:
         lines, trace = [], []
         for _ in range(level):
             name = NAMES[int(rng.integers(len(NAMES)))]
-            right, value = _right_side(rng, held)
+            right, filled, value = _right_side(rng, held)
             held[name] = value
             lines.append(f"{name} = {right}")
-            trace.append(f"{name}={value}")
+            trace.append(f"{name} = {right}" + (f" = {filled} = {value}" if filled else ""))
         asked = sorted(held)[int(rng.integers(len(held)))]
         program = "\n".join([*lines, f"print({asked})"])
         return Item(
@@ -34,24 +34,28 @@ class Code:
             level=level,
             question=f"What does this print?\n{program}",
             answer=str(held[asked]),
-            working=" ".join(trace),
+            working="; ".join(trace),
         )
 
 
-def _right_side(rng: np.random.Generator, held: dict[str, int]) -> tuple[str, int]:
-    """An expression over what is held, with its value in 0..MOST - 1; a number where nothing else fits."""
+def _right_side(rng: np.random.Generator, held: dict[str, int]) -> tuple[str, str, int]:
+    """An expression over what is held, itself with the values put in, and its value in 0..MOST - 1.
+
+    A number, with nothing to put in, where no name is held or the value would not fit.
+    """
     number = int(rng.integers(1, 10))
     known = sorted(held)
     if known and rng.random() < 0.8:
         first = known[int(rng.integers(len(known)))]
         second = known[int(rng.integers(len(known)))]
+        p, q = held[first], held[second]
         made = (
-            (f"{first} + {number}", held[first] + number),
-            (f"{first} - {number}", held[first] - number),
-            (f"{first} + {second}", held[first] + held[second]),
-            (f"max({first}, {second})", max(held[first], held[second])),
+            (f"{first} + {number}", f"{p} + {number}", p + number),
+            (f"{first} - {number}", f"{p} - {number}", p - number),
+            (f"{first} + {second}", f"{p} + {q}", p + q),
+            (f"max({first}, {second})", f"max({p}, {q})", max(p, q)),
         )
-        text, value = made[int(rng.integers(len(made)))]
+        text, filled, value = made[int(rng.integers(len(made)))]
         if 0 <= value < MOST:
-            return text, value
-    return str(number), number
+            return text, filled, value
+    return str(number), "", number
