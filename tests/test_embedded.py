@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 
 from configs import embedded as config
 from experiments.embedded import EMBEDDING_STD, EmbeddedConfig, LessonShares, batches, fresh
-from experiments.embedded.lessons import STATEMENTS, Lessons, encode, known_person, solved
+from experiments.embedded.lessons import CHAT_TEMPLATE, STATEMENTS, Lessons, encode, known_person, solved
 from jaxfw.core.config import to_dataclass
 from jaxfw.data import train_bpe
 from jaxfw.evals import TASKS, items, side, world
@@ -19,7 +19,7 @@ from jaxfw.launch import main
 from jaxfw.models import DecoderConfig
 
 TEXTS = [text for name in TASKS for seed in range(30) for text, _ in solved(np.random.default_rng(seed), name)]
-TOKENIZER = train_bpe(TEXTS, vocab_size=500, single_digits=True)
+TOKENIZER = train_bpe(TEXTS, vocab_size=500, single_digits=True, chat_template=CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,19 @@ def test_tokens_of_a_lesson_are_those_of_the_prompt_and_its_answer():
         assert [TOKENIZER.bos_id, *tokens[1:-1]] == TOKENIZER.encode(prompt.text + item.target), name
         assert tokens[: len(TOKENIZER.encode(prompt.text))].tolist() == TOKENIZER.encode(prompt.text), name
         assert weights[0] == 0 and (weights == 1).sum() == len(tokens) - 1 - len(TOKENIZER.encode(prompt.text))
+
+
+def test_a_conversation_is_a_prompt_with_its_shots():
+    one, other, asked = items(TASKS["facts"], n=3, level=1, seed=0)
+    messages = [{"role": "user", "content": one.question}, {"role": "assistant", "content": one.answer},
+                {"role": "user", "content": other.question}, {"role": "assistant", "content": other.answer},
+                {"role": "user", "content": asked.question}]  # fmt: skip
+    assert TOKENIZER.encode(TOKENIZER.render_chat(messages), add_special_tokens=False) == TOKENIZER.encode(
+        few_shot(asked, [one, other]).text
+    )
+    item = items(TASKS["retrieval"], n=1, level=4, seed=0)[0]
+    messages = [{"role": "system", "content": item.context.strip()}, {"role": "user", "content": item.question}]
+    assert TOKENIZER.render_chat(messages) == TOKENIZER.special_tokens["bos_token"] + item.prompt
 
 
 def test_shots_and_levels_and_statements_all_come_up():

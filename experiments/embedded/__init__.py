@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from experiments.embedded.lessons import Lessons, vocabulary_texts
+from experiments.embedded.lessons import CHAT_TEMPLATE, Lessons, vocabulary_texts
 from jaxfw.core.checkpoint import Checkpoints
 from jaxfw.core.config import to_dataclass
 from jaxfw.core.errors import InputError
@@ -190,7 +190,7 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
 
 
 def _tokenizer(c: EmbeddedConfig) -> Tokenizer:
-    return train_bpe(vocabulary_texts(), vocab_size=c.model.vocab, single_digits=True)
+    return train_bpe(vocabulary_texts(), vocab_size=c.model.vocab, single_digits=True, chat_template=CHAT_TEMPLATE)
 
 
 def _model_folder(init: str) -> Path:

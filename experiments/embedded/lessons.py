@@ -20,6 +20,15 @@ VOCABULARY_ITEMS = 400  # of each task at each level, from which the tokenizer l
 
 TRIES = 1000  # until a lesson fits into a row
 
+# A conversation is shots and a question; what a system message says stands in front of them.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}A:{% generation %}{{ ' ' + message['content'] + '\n' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+
 Piece = tuple[str, float]  # a text and the weight of its tokens
 
 
