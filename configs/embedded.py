@@ -21,19 +21,19 @@ def get_config(arg: str = "") -> ConfigDict:
     c.period = (6, 32) if args.stage == 1 else (6, 256)  # tokens of a repeated segment
 
     c.rows = ConfigDict()  # shares of the rows of a batch
-    c.rows.lessons = 0.75
-    c.rows.repeated = 0.1
-    c.rows.english = 0.15
+    c.rows.lessons = 0.7
+    c.rows.repeated = 0.2
+    c.rows.english = 0.1
 
     c.lessons = ConfigDict()  # shares of the documents
     c.lessons.statements = 0.15
     c.lessons.facts = 0.2
     c.lessons.composition = 0.12
     c.lessons.arithmetic = 0.12
-    c.lessons.code = 0.15
-    c.lessons.safety = 0.06
+    c.lessons.code = 0.18
+    c.lessons.safety = 0.03
     c.lessons.retrieval = 0.08
-    c.lessons.long_output = 0.08
+    c.lessons.long_output = 0.12
     c.lessons.rule = 0.04
 
     c.model = ConfigDict()
@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.init_std = 0.0625
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 2e-3 if args.stage == 1 else 1e-3
+    c.optimizer.learning_rate = 1.5e-3 if args.stage == 1 else 1e-3
     c.optimizer.warmup = 100
     c.optimizer.final = 0.05
     c.optimizer.weight_decay = 0.1
@@ -57,12 +57,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.train = ConfigDict()
-    c.train.steps = 3000
-    c.train.batch = 32 if args.stage == 1 else 8
+    c.train.steps = 4000 if args.stage == 1 else 1000
+    c.train.batch = 16 if args.stage == 1 else 8
     c.train.length = 256 if args.stage == 1 else 1024
-    c.train.log_every = 25
-    c.train.evaluate_every = 500
-    c.train.save_every = 250
+    c.train.log_every = 50
+    c.train.evaluate_every = 1000
+    c.train.save_every = 500
     c.train.asked = 64
     c.train.final = 500
 

@@ -24,7 +24,8 @@ TRIES = 1000  # until a lesson fits into a row
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'Q: ' + message['content'] + '\n' }}"
-    "{% elif message['role'] == 'assistant' %}A:{% generation %}{{ ' ' + message['content'] + '\n' }}{% endgeneration %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "A:{% generation %}{{ ' ' + message['content'] + '\n' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )

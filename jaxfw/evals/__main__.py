@@ -9,7 +9,6 @@ what was given cannot be used.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from jaxfw.evals.evaluate import BATCH, baselines, evaluate, row
 from jaxfw.evals.items import Task
 from jaxfw.evals.tasks import ABILITIES, TASKS
 from jaxfw.generate.lm import load
+from jaxfw.weights import model_sha256
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,15 +64,6 @@ def chosen_levels(task: Task, level: str) -> tuple[int, ...]:
     return (int(level),)
 
 
-def model_sha256(directory: Path) -> str:
-    """One sum over the model's safetensors files, by name and content."""
-    found = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            found.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return found.hexdigest()
-
-
 def run(argv: Sequence[str]) -> int:
     """Evaluate and print; returns the exit code."""
     options = parser().parse_args(argv)
@@ -92,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
         print(line(rows[-1]), flush=True)
     if options.json:
         report = {
-            "model": str(options.model), "model_sha256": model_sha256(Path(options.model)), "seed": options.seed,
+            "model": str(options.model), "model_sha256": model_sha256(options.model), "seed": options.seed,
             "rows": rows, "environment": runtime.environment(),
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ from jaxfw.generate.suggestions import (
 )
 from jaxfw.models import DecoderConfig
 from jaxfw.models.lora import adapt
+from jaxfw.weights.shipped import located
 from jaxfw.weights.tensors import read_json
 
 Texts = TypeVar("Texts", str, list[str])
@@ -305,6 +306,8 @@ def load(
 ) -> LM:
     """A Hugging Face model directory as an `LM`; the keywords are those of `jaxfw.weights.load`, and an `adapter`.
 
+    `load("embedded-1")` is the small model that comes with jaxfw, with abilities that can be measured.
+
     An `adapter` is a directory that PEFT, or a training run, wrote for this model. It is kept beside the model's
     matrices, which may be quantised; `python -m jaxfw.weights export` merges the two instead.
 
@@ -317,7 +320,7 @@ def load(
     """
     if not isinstance(mesh, Mesh | None):
         raise InputError(f"mesh={mesh!r:.60} must be a mesh: jaxfw.core.mesh.make_mesh(tensor=2), say.")
-    directory = Path(directory)
+    directory = located(directory)
     if (directory / "model" / "config.json").is_file():
         raise InputError(f"{directory} is the workdir of a run: its model is in {directory / 'model'}.")
     if directory.is_dir() and not (directory / TOKENIZER).is_file():

@@ -20,9 +20,11 @@ from jaxfw.weights import layout, refusals, tensors
 from jaxfw.weights.arrays import make_params
 from jaxfw.weights.families import family
 from jaxfw.weights.memory import preflight
+from jaxfw.weights.shipped import located
 
 TIED_HEAD = "lm_head.weight"  # some files hold it beside the embedding that it equals
 EMBEDDING = "embed/embedding"
+WIDEST = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Opened:
     attributes: dict[str, Any]
 
     def dtypes(self, param_dtype: str | None) -> dict[str, jnp.dtype]:
-        """Path -> dtype of each parameter: `param_dtype`, or what its tensor is stored in."""
-        if param_dtype is not None:
-            return dict.fromkeys(self.stored, jnp.dtype(param_dtype))
+        """Path -> dtype of each parameter: `param_dtype`, else its tensor's, or what config.json widens that to."""
+        if param_dtype is not None or _is_widened(self.attributes):
+            return dict.fromkeys(self.stored, jnp.dtype(param_dtype or WIDEST))
         spelled = {path: self.found[entry.names[0]].dtype for path, entry in self.stored.items()}
         return {path: jnp.dtype(tensors.DTYPES[dtype]) for path, dtype in spelled.items()}
 
@@ -77,10 +79,12 @@ def load(
     hold, laid out by `jaxfw.models.sharding.decoder_rules`.
 
     Args:
-        directory: holds config.json and model.safetensors, or shards with an index.
+        directory: holds config.json and model.safetensors, or shards with an index; or the name of a model that comes
+            with jaxfw, "embedded-1".
         mesh: where the parameters go; None is the default device.
-        param_dtype: what parameters are kept in; None keeps each tensor as it is stored.
-        dtype: what they are multiplied in; None means the stored dtype of the embedding.
+        param_dtype: what parameters are kept in; None keeps each tensor as it is stored, or in float32 where
+            config.json's `dtype` says so of narrower tensors.
+        dtype: what they are multiplied in; None means what the embedding is kept in.
         softmax_dtype: what attention weights are computed in.
         quantise: "int8" or "int4" keeps the matrices of attention, feed-forwards, experts and an untied head as
             `jaxfw.ops.quant.Quantised`, whose bounds on the error are there; the rest stays as it is.
@@ -131,7 +135,7 @@ def open_directory(
         **{name: _dtype_name(name, value or DTYPES[0]) for name, value in given.items()},
     )
     stored = module.tensors(config)
-    kept = _stored_dtype(found, stored)
+    kept = WIDEST if _is_widened(attributes) else _stored_dtype(found, stored)
     config = dataclasses.replace(config, **{name: kept for name, value in given.items() if value is None})
     expected = layout.stored_shapes(stored, layout.flat_shapes(config))
     difference = tensors.compare(found, expected, ignored=module.IGNORED_TENSORS, optional=(TIED_HEAD,))
@@ -143,6 +147,11 @@ def checked(opened: Opened) -> Opened:
     if opened.difference.problems:
         raise InputError(f"the tensors do not fit config.json: {'; '.join(opened.difference.problems)}.")
     return opened
+
+
+def _is_widened(attributes: Mapping[str, Any]) -> bool:
+    """Files in 16 bits may say that they are meant for arithmetic in 32, which loses nothing."""
+    return attributes.get("dtype", attributes.get("torch_dtype")) == WIDEST
 
 
 def _stored_dtype(found: Mapping[str, tensors.Header], stored: Mapping[str, Stored]) -> str:
@@ -163,9 +172,10 @@ def _dtype_name(field: str, value: Any) -> str:
 
 
 def _existing(directory: str | Path) -> Path:
-    if os.path.isdir(directory):
-        return Path(directory)
-    refusals.check_path(Path(directory))
+    directory = located(directory)
+    if directory.is_dir():
+        return directory
+    refusals.check_path(directory)
     message = f"{directory} is not a directory: give the folder that holds config.json."
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(directory)) and not os.path.exists(directory):
         message += (
