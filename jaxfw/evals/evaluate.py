@@ -75,10 +75,21 @@ def evaluate(
     if batch < 1:
         raise InputError(f"batch={batch} must be at least 1.")
     level = task.standard if level is None else level
-    asked = items(task, n=n, level=level, seed=seed)
-    prompts = [few_shot(item, examples(task, level, shots, seed=seed, place=i)) for i, item in enumerate(asked)]
+    asked, prompts = questions(task, n=n, level=level, shots=shots, seed=seed)
     outputs = answer(lm, task.name, level, asked, prompts, batch=batch, **values)
     return score(task.name, level, shots, asked, outputs)
+
+
+def questions(task: Task, *, n: int, level: int, shots: int, seed: int) -> tuple[list[Item], list[Prompt]]:
+    """What `evaluate` asks."""
+    asked = items(task, n=n, level=level, seed=seed)
+    return asked, [few_shot(item, examples(task, level, shots, seed=seed, place=i)) for i, item in enumerate(asked)]
+
+
+def tokens_needed(lm: LM, task: Task, *, n: int, level: int | None = None, shots: int = 0, seed: int = 0) -> int:
+    """Cache slots that the longest of these prompts takes with its right answer: what a smaller cache is half of."""
+    asked, prompts = questions(task, n=n, level=task.standard if level is None else level, shots=shots, seed=seed)
+    return max(len(lm.tokenizer.encode(prompt.text + item.target)) for item, prompt in zip(asked, prompts, strict=True))
 
 
 def score(task: str, level: int, shots: int, asked: Sequence[Item], outputs: Sequence[str]) -> Score:
