@@ -1,4 +1,4 @@
-"""The main job: a LLaMA of 1.2 M parameters learns the standard library's documentation, in about a minute.
+"""The main job: abilities of the embedded model, then a LLaMA of 1.2 M parameters that learns to write documentation.
 
     python -m jaxfw.launch --config=configs/quickstart.py --workdir=runs/quickstart
     python -m jaxfw.launch --config=configs/quickstart.py:smoke --workdir=runs/smoke
@@ -20,6 +20,12 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seed = 0
     c.documents = 0  # how many of the documents; 0 means all
     c.baseline = "bigram"  # what the model must beat on held-out text: bigram or unigram
+
+    c.abilities = ConfigDict()
+    c.abilities.model = "embedded-1"  # or a Hugging Face directory
+    c.abilities.tasks = ("facts", "composition", "arithmetic", "code", "safety", "retrieval", "long_output")
+    c.abilities.items = 100
+    c.abilities.question = "627 + 485"
 
     c.model = ConfigDict()
     c.model.vocab = 1024
@@ -58,6 +64,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if args.smoke:
         c.documents = 300
+        c.abilities.tasks = ("facts", "retrieval")
+        c.abilities.items = 12
         c.baseline = "unigram"
         c.model.vocab = 320
         c.model.width = 32

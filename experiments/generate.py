@@ -14,7 +14,7 @@ from jaxfw.generate import LM
 from jaxfw.generate.timing import Speed, measure_speed
 from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
 from jaxfw.report import Table, Text
-from jaxfw.weights import load_config
+from jaxfw.weights import load_config, model_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     return {
         "metrics": {
             "parameters": parameter_count(lm.config),
+            "model_sha256": model_sha256(c.model),
             "answers": answers,
             "tokens_per_second": {f"batch {batch}": dataclasses.asdict(rates) for batch, rates in speed.items()},
         },

@@ -31,7 +31,7 @@ from jaxfw.generate import LM
 from jaxfw.models.accounting import forward_flops, parameter_bytes, parameter_count
 from jaxfw.report import Interval, Table, ratio_interval
 from jaxfw.train import NextTokenLoss
-from jaxfw.weights import load_config
+from jaxfw.weights import load_config, model_sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     bits = float(nll.sum()) / math.log(2) / size
     print(f"perplexity {perplexity.value:.4g}, {nats.value:.4f} nats a token, {bits:.4f} bits a byte", flush=True)
     metrics = {
+        "model_sha256": model_sha256(c.model),
         "perplexity": dataclasses.asdict(perplexity),
         "nats_per_token": dataclasses.asdict(nats),
         "bits_per_byte": bits,

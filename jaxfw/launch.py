@@ -207,7 +207,7 @@ def launch(config: ConfigDict, path: str | None) -> int:
 
 def _leave_results(config: ConfigDict, workdir: Path, result: dict[str, Any], environment: dict[str, Any]) -> None:
     page = result.pop("report", {"title": config.experiment})
-    write_json(workdir / "results.json", result | {"environment": environment})
+    write_json(workdir / "results.json", result | {"config": to_plain(config), "environment": environment})
     from jaxfw.report import write_report
 
     report = write_report(workdir / "report.html", checks=result["checks"], config=to_plain(config),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from configs import quickstart as config_file
 from experiments import quickstart
+from experiments.quickstart.ngrams import ngram_nll
 
 TOKENS = st.lists(st.integers(0, 4), min_size=3, max_size=60)
 
@@ -30,11 +31,11 @@ def brute_force(tokens, pair, vocab):
 @given(TOKENS, TOKENS)
 def test_ngram_baselines(training, held_out):
     tokens, window = np.array(training), np.array([held_out])
-    bigram = quickstart._ngram_nll(tokens, [window], 5, order=2)
+    bigram = ngram_nll(tokens, [window], 5, order=2)
     expected = np.mean([-math.log(brute_force(training, pair, 5)) for pair in itertools.pairwise(held_out)])
     assert bigram == pytest.approx([expected], rel=1e-5)
     counts = Counter(training)
-    unigram = quickstart._ngram_nll(tokens, [window], 5, order=1)
+    unigram = ngram_nll(tokens, [window], 5, order=1)
     expected = np.mean([-math.log((counts[token] + 1) / (len(training) + 5)) for token in held_out[1:]])
     assert unigram == pytest.approx([expected], rel=1e-6)
 
@@ -42,7 +43,7 @@ def test_ngram_baselines(training, held_out):
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=40), st.integers(0, 4))
 def test_the_bigram_is_a_distribution(training, before):
     windows = [np.array([[before, after] for after in range(5)])]
-    nll = quickstart._ngram_nll(np.array(training), windows, 5, order=2)
+    nll = ngram_nll(np.array(training), windows, 5, order=2)
     assert np.exp(-nll).sum() == pytest.approx(1, rel=1e-5)
 
 

@@ -40,6 +40,7 @@ from jaxfw.report import Curve, Interval, Plot, Table
 from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step, train
 from jaxfw.train.loop import Work
 from jaxfw.train.resume import resume
+from jaxfw.weights import model_sha256
 
 HELD_OUT = 10  # every tenth document of English
 EMBEDDING_STD, OUT_SCALE = 0.5, 0.5  # without these induction forms late, if at all
@@ -157,9 +158,13 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     lm = dataclasses.replace(lm, params=state.params)
     if workdir is not None and not (workdir / "model").exists():
         lm.save(workdir / "model")
+    sha256 = model_sha256(workdir / "model") if workdir is not None else None
     rows = [row(evaluate(lm, task, n=c.train.final), baselines(task, n=c.train.final)) for task in ABILITIES.values()]
-    return {"metrics": {"abilities": rows, "tokenizer": tokenizer.vocab_size}, "checks": [],
-            "report": report(rows, metrics.history)}  # fmt: skip
+    return {
+        "metrics": {"model_sha256": sha256, "abilities": rows, "tokenizer": tokenizer.vocab_size},
+        "checks": [],
+        "report": report(rows, metrics.history),
+    }
 
 
 def fresh(config: DecoderConfig, key: Any) -> PyTree:

@@ -1,8 +1,9 @@
-"""The main job: train a small LLaMA on real text, save it as a Hugging Face directory, load it back, let it speak.
+"""The main job: what the embedded model can do, with its whole cache and with half of it; then a model of one's own.
 
-Text: documentation strings of the standard library, every tenth one held out. Baselines on the same held-out tokens:
-the frequencies of tokens (unigram) and of pairs of them (bigram). The page shows losses with 95 % intervals over
-windows, and the speed of prefill and decoding.
+A small LLaMA is trained on real text, saved as a Hugging Face directory, loaded back, and speaks. Text: documentation
+strings of the standard library, every tenth one held out. Baselines on the same held-out tokens: the frequencies of
+tokens (unigram) and of pairs of them (bigram). The page shows abilities and losses with 95 % intervals, and speed of
+prefill and decoding.
 """
 
 import dataclasses
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxfw
+from experiments.quickstart import abilities
+from experiments.quickstart.abilities import AbilitiesConfig
+from experiments.quickstart.ngrams import ngram_nll
 from jaxfw.core.checkpoint import Checkpoints
 from jaxfw.core.config import to_dataclass
 from jaxfw.core.errors import InputError, unknown
@@ -35,9 +39,11 @@ from jaxfw.train import (
     make_step,
     train,
 )
+from jaxfw.weights import model_sha256
 
 HELD_OUT = 10  # every tenth document
 TIMED_PROMPT, TIMED_NEW = 256, 64
+ANSWER_TOKENS = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,7 @@ class QuickstartConfig:
     seed: int
     documents: int
     baseline: str
+    abilities: AbilitiesConfig
     model: DecoderConfig
     optimizer: OptimizerConfig
     train: TrainConfig
@@ -123,13 +130,17 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     _check_prompts(c, tokenizer)
     print(f"{len(training):,} training tokens, {len(held_out):,} held out, {parameter_count(c.model):,} parameters",
           flush=True)  # fmt: skip
+    embedded = jaxfw.load(c.abilities.model)
+    asked = abilities.measure(embedded, c.abilities, seed=c.seed)
+    answer = embedded.chat([{"role": "user", "content": c.abilities.question}], max_new_tokens=ANSWER_TOKENS).strip()
+    print(f"{c.abilities.question} -> {answer}", flush=True)
     windows = list(consecutive_windows(held_out, batch=c.train.batch, length=c.train.length,
                                        most=c.train.validation_batches))  # fmt: skip
     trained, history = _train(c, training, windows, workdir)
     nll = {
         "model": evaluate_tokens(c.model, trained.params, windows),
-        "bigram": _ngram_nll(training, windows, c.model.vocab, order=2),
-        "unigram": _ngram_nll(training, windows, c.model.vocab, order=1),
+        "bigram": ngram_nll(training, windows, c.model.vocab, order=2),
+        "unigram": ngram_nll(training, windows, c.model.vocab, order=1),
     }
     lm = LM(c.model, trained.params, tokenizer, stop_ids=_stop_ids(tokenizer))
     loaded = _round_trip(lm, workdir)
@@ -142,10 +153,15 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
         for batch in (1, 8)
     }
     return {
-        "metrics": _metrics(c, nll, bytes_per_token, speed, history),
-        "checks": _checks(c, nll, lm, loaded, windows[0][:, :-1], samples),
-        "report": _report(c, nll, bytes_per_token, speed, history, samples),
-    }
+        "metrics": {
+            "model_sha256": model_sha256(c.abilities.model), "abilities": asked,
+            "conversation": {"question": c.abilities.question, "answer": answer},
+            **_metrics(c, nll, bytes_per_token, speed, history),
+        },
+        "checks": [abilities.check(asked), *_checks(c, nll, lm, loaded, windows[0][:, :-1], samples)],
+        "report": _report(c, nll, bytes_per_token, speed, history, samples,
+                          abilities.sections(c.abilities, asked, answer)),
+    }  # fmt: skip
 
 
 def _data(c: QuickstartConfig) -> tuple[Tokenizer, np.ndarray, np.ndarray]:
@@ -211,28 +227,6 @@ def _train(
     return state, metrics.history
 
 
-def _ngram_nll(tokens: np.ndarray, windows: list[np.ndarray], vocab: int, *, order: int) -> np.ndarray:
-    """Nats a token in each window, from smoothed counts of the training tokens.
-
-    Pairs are interpolated with single tokens by Witten and Bell's rule: a context is trusted the more often it was seen
-    and the fewer different tokens followed it.
-    """
-    single = np.bincount(tokens, minlength=vocab) + 1.0
-    single /= single.sum()
-    held_out = np.concatenate(windows)
-    before, after = held_out[:, :-1], held_out[:, 1:]
-    if order == 1:
-        return -np.log(single[after]).mean(axis=1)
-    pairs, counts = np.unique(tokens[:-1].astype(np.int64) * vocab + tokens[1:], return_counts=True)
-    seen = np.bincount(tokens[:-1], minlength=vocab)
-    kinds = np.bincount(pairs // vocab, minlength=vocab)
-    wanted = before.astype(np.int64) * vocab + after
-    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    likelihood = np.where(pairs[place] == wanted, counts[place], 0) / np.maximum(seen, 1)[before]
-    back_off = np.where(seen > 0, kinds / np.maximum(seen + kinds, 1), 1.0)[before]
-    return -np.log((1 - back_off) * likelihood + back_off * single[after]).mean(axis=1)
-
-
 def _round_trip(lm: LM, workdir: Path | None) -> LM:
     """The model from its Hugging Face directory, `workdir/model`, written anew."""
     if workdir is None:
@@ -289,7 +283,7 @@ def _checks(c, nll, lm, loaded, tokens, samples) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _report(c, nll, bytes_per_token, speed, history, samples) -> dict[str, Any]:
+def _report(c, nll, bytes_per_token, speed, history, samples, first) -> dict[str, Any]:
     losses = {name: _interval(values) for name, values in nll.items()}
     n = len(nll["model"])
     bits = losses["model"].value / np.log(2) / bytes_per_token
@@ -310,6 +304,7 @@ def _report(c, nll, bytes_per_token, speed, history, samples) -> dict[str, Any]:
             ("prefill, batch 1 (tokens/s)", round(speed[1].prefill)),
         ],
         "sections": [
+            *first,
             _loss_plot(history, losses),
             Table(
                 "Held-out loss",

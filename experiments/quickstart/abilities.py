@@ -1,0 +1,68 @@
+"""What a model can do with its whole cache and with half of it, and one turn of a conversation."""
+
+import dataclasses
+from typing import Any
+
+from jaxfw.core.errors import InputError, unknown
+from jaxfw.evals import ABILITIES, paired_difference
+from jaxfw.evals.evaluate import baselines, evaluate, row, tokens_needed
+from jaxfw.generate import LM
+from jaxfw.models.cache import RingCache
+from jaxfw.report import Interval, Table, Text
+
+
+@dataclasses.dataclass(frozen=True)
+class AbilitiesConfig:
+    """Which model is asked, `items` of each task at its standard level, and one question in a conversation."""
+
+    model: str
+    tasks: tuple[str, ...]
+    items: int
+    question: str
+
+    def __post_init__(self):
+        for name in self.tasks:
+            if name not in ABILITIES:
+                raise unknown("abilities.tasks", name, ABILITIES)
+        if self.items < 1 or not self.tasks:
+            raise InputError(f"abilities.items={self.items} of {len(self.tasks)} abilities.tasks: give one or more.")
+
+
+def measure(lm: LM, c: AbilitiesConfig, *, seed: int) -> list[dict[str, Any]]:
+    """Of each task the accuracy beside its trivial answers, that of a sliding half cache, and what this changes."""
+    rows = []
+    for name in c.tasks:
+        task, n = ABILITIES[name], c.items
+        window = tokens_needed(lm, task, n=n, seed=seed) // 2
+        full = evaluate(lm, task, n=n, seed=seed)
+        half = evaluate(lm, task, n=n, seed=seed, policy=RingCache(window))
+        change = paired_difference(full.shares, half.shares)
+        rows.append(row(full, baselines(task, n=n, seed=seed)) | {
+            "window": window, "half_cache": dataclasses.asdict(half.accuracy), "change": dataclasses.asdict(change),
+        })  # fmt: skip
+        print(f"{name:12} {full.accuracy.value:.2f}, with half the cache {half.accuracy.value:.2f}", flush=True)
+    return rows
+
+
+def check(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Whether each ability is one."""
+    above = sum(found["accuracy"]["low"] > found["best_baseline"]["high"] for found in rows)
+    return {"name": "abilities whose interval lies above that of the best trivial answer", "value": above,
+            "bound": len(rows), "ok": above == len(rows)}  # fmt: skip
+
+
+def sections(c: AbilitiesConfig, rows: list[dict[str, Any]], answer: str) -> list[Any]:
+    """The page's part."""
+
+    def interval(found: dict[str, Any]) -> Interval:
+        return Interval(found["value"], found["low"], found["high"])
+
+    table = Table(
+        f"Abilities of {c.model}, with the whole cache and with half of it",
+        ("ability", "accuracy", "best trivial answer", "window (tokens)", "half the cache", "change"),
+        tuple((found["task"], interval(found["accuracy"]), interval(found["best_baseline"]), found["window"],
+               interval(found["half_cache"]), interval(found["change"])) for found in rows),
+        note=f"{c.items} items of each at its standard level, none of which was trained on. The half cache slides over "
+        "the last tokens, half as many as the longest item takes; its change is paired over items.",
+    )  # fmt: skip
+    return [table, Text(f"A turn of conversation with {c.model}", f"{c.question}\n{answer}", mono=True)]
