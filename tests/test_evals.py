@@ -133,6 +133,7 @@ WRONG = [
     (("--tasks=facts", "--shots=-1"), "shots=-1 must be 0 or more"),
     (("--tasks=facts", "--batch=0"), "batch=0 must be at least 1"),
     (("--tasks=facts", "--seed=-1"), "seed=-1 must be 0 or more"),
+    (("--tasks=code", "--n=2", "--choose"), "has no choices: its answers are written, not chosen"),
     (("--n=many",), "--n"),
     (("--colour=red",), "unrecognized arguments: --colour=red"),
     (("--model=no/such/model",), "no/such/model"),
@@ -145,6 +146,16 @@ def test_what_cannot_be_used_is_named(directory, capsys, words, message):
     assert main([f"--model={directory}", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+def test_choices_are_scored_like_what_is_written(m, directory, tmp_path):
+    out = tmp_path / "results.json"
+    assert main([f"--model={directory}", "--tasks=safety", "--n=6", "--choose", f"--json={out}"]) == 0
+    report = json.loads(out.read_text())
+    asked = items(TASKS["safety"], n=6, level=0, seed=0)
+    chosen = [item.choices[choose(m, few_shot(item, ()), item)] for item in asked]
+    right = sum(text == item.answer for text, item in zip(chosen, asked, strict=True))
+    assert report["by"] == "choices" and report["rows"][0]["accuracy"]["value"] == right / 6
 
 
 def test_an_item_without_choices_is_written_not_chosen(m):

@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shots", type=int, default=0, help="solved examples in front of each question")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch", type=int, default=BATCH, help="prompts that are answered together")
+    p.add_argument("--choose", action="store_true", help="the likeliest of the choices, without working")
     p.add_argument("--json", type=Path, help="a file for the results")
     p.add_argument("--traceback", action="store_true", help="show where an error came from")
     return p
@@ -77,14 +78,15 @@ def run(argv: Sequence[str]) -> int:
     print(f"{'task':12} level shots     n  accuracy [95 %]          chance  best trivial answer")
     for task, level in jobs:
         found = evaluate(
-            lm, task, n=options.n, level=level, shots=options.shots, seed=options.seed, batch=options.batch
-        )
+            lm, task, n=options.n, level=level, shots=options.shots, seed=options.seed, batch=options.batch,
+            choosing=options.choose,
+        )  # fmt: skip
         rows.append(row(found, baselines(task, n=options.n, level=level, seed=options.seed)))
         print(line(rows[-1]), flush=True)
     if options.json:
         report = {
             "model": str(options.model), "model_sha256": model_sha256(options.model), "seed": options.seed,
-            "rows": rows, "environment": runtime.environment(),
+            "by": "choices" if options.choose else "writing", "rows": rows, "environment": runtime.environment(),
         }  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return OK

@@ -53,6 +53,7 @@ def evaluate(
     shots: int = 0,
     seed: int = 0,
     batch: int = BATCH,
+    choosing: bool = False,
     **values: Any,
 ) -> Score:
     """Ask a model `n` test items, greedily.
@@ -65,10 +66,12 @@ def evaluate(
         shots: solved training items in front of each question, other ones for each.
         seed: of items and shots.
         batch: prompts that are answered together; those of like length are.
+        choosing: take the likeliest of the items' choices, without working, instead of what the model writes.
         values: policy, taps, router and others of `LM.generate`.
 
     Raises:
-        InputError: a prompt with its answer exceeds the model's context, or there are not so many items.
+        InputError: a prompt with its answer exceeds the model's context, there are not so many items, or they have no
+            choices.
     """
     if shots < 0:
         raise InputError(f"shots={shots} must be 0 or more.")
@@ -76,6 +79,11 @@ def evaluate(
         raise InputError(f"batch={batch} must be at least 1.")
     level = task.standard if level is None else level
     asked, prompts = questions(task, n=n, level=level, shots=shots, seed=seed)
+    if choosing:
+        outputs = [
+            item.choices[choose(lm, prompt, item, **values)] for item, prompt in zip(asked, prompts, strict=True)
+        ]
+        return score(task.name, level, shots, asked, outputs)
     outputs = answer(lm, task.name, level, asked, prompts, batch=batch, **values)
     return score(task.name, level, shots, asked, outputs)
 

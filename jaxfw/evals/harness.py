@@ -34,6 +34,7 @@ from jaxfw.core.shapes import Array, Bool, Float, Int, PyTree
 from jaxfw.generate.lm import LM, load
 from jaxfw.generate.prompts import pack
 from jaxfw.models import DecoderConfig, embed, first_step, head, trunk
+from jaxfw.models.cache import Cache, FullCache, Step
 from jaxfw.ops.losses import token_log_probs
 
 LOGIT_TOKENS = 1024  # whose logits are alive at once
@@ -192,33 +193,68 @@ class HarnessLM(TemplateLM):
     def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
         """Of each row's last tokens the summed log-probability, and whether each is the likeliest.
 
-        Rows that differ in their last token only, as answers of one token do, are read once.
+        What several rows begin with, as the answers of a multiple choice do, is read once.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
-        for i, (tokens, _) in enumerate(rows):
-            groups.setdefault(tuple(tokens[:-1]), []).append(i)
+        for i, (tokens, count) in enumerate(rows):
+            groups.setdefault(tuple(tokens[:-count]), []).append(i)
+        alone: list[int] = []
+        shared: list[tuple[int, ...]] = []
+        for context, members in groups.items():
+            if len(members) > 1 and len(context) >= max(rows[i][1] for i in members):
+                shared.append(context)
+            else:
+                alone += members
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        inputs = sorted(groups, key=len, reverse=True)
-        for begin in range(0, len(inputs), self.batch_size):
-            here = inputs[begin : begin + self.batch_size]
-            members = [groups[tokens] for tokens in here]
-            last = np.zeros((_power(len(here)), _power(max(map(len, members)))), np.int32)
-            for place, group in enumerate(members):
-                last[place, : len(group)] = [rows[i][0][-1] for i in group]
-            read = [*here, *[(0,)] * (len(last) - len(here))]
-            size = min(_quarter(max(map(len, read))), self.max_length)
-            tokens, lengths = pack([list(row) for row in read], size)
-            targets, _ = pack([[*row[1:], 0] for row in read], size)
-            with contextlib.nullcontext() if self.lm.mesh is None else jax.set_mesh(self.lm.mesh):
-                out = score_targets(self.lm.config, self.lm.params, tokens, targets, last, lengths=lengths)
-            scores, best, last_scores, last_best = (np.asarray(part) for part in out)
-            for place, group in enumerate(members):
-                for k, i in enumerate(group):
-                    end = len(here[place]) - 1
-                    inner = slice(end + 1 - rows[i][1], end)
-                    total = scores[place, inner].sum(dtype=np.float64) + last_scores[place, k]
-                    found[i] = (float(total), bool(best[place, inner].all() and last_best[place, k]))
+        alone.sort(key=lambda i: -len(rows[i][0]))
+        for begin in range(0, len(alone), self.batch_size):
+            here = alone[begin : begin + self.batch_size]
+            for i, result in zip(here, self._score_alone([rows[i] for i in here]), strict=True):
+                found[i] = result
+        shared.sort(key=lambda context: (-len(groups[context]), -len(context)))
+        for begin in range(0, len(shared), self.batch_size):
+            here = shared[begin : begin + self.batch_size]
+            texts = [[rows[i][0][len(context) :] for i in groups[context]] for context in here]
+            for context, results in zip(here, self._score_shared(here, texts), strict=True):
+                for i, result in zip(groups[context], results, strict=True):
+                    found[i] = result
         return found
+
+    def _score_alone(self, rows: Sequence[Row]) -> list[tuple[float, bool]]:
+        fill = [[0, 0]] * (_power(len(rows)) - len(rows))
+        given = [*(tokens for tokens, _ in rows), *fill]
+        size = min(_quarter(max(map(len, given)) - 1), self.max_length)
+        tokens, lengths = pack([row[:-1] for row in given], size)
+        targets, _ = pack([row[1:] for row in given], size)
+        with self._on_mesh():
+            out = score_targets(self.lm.config, self.lm.params, tokens, targets, lengths=lengths)
+        return [_total(out, i, slice(len(row) - 1 - count, len(row) - 1)) for i, (row, count) in enumerate(rows)]
+
+    def _score_shared(
+        self, contexts: Sequence[Sequence[int]], texts: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[tuple[float, bool]]]:
+        B, K = _power(len(contexts)), _power(max(map(len, texts)))
+        n = _power(max(len(text) for row in texts for text in row))
+        size = min(_quarter(max(map(len, contexts))), self.max_length)
+        tokens, lengths = pack([*contexts, *[(0,)] * (B - len(contexts))], size)
+        targets = np.zeros((B, K, n), np.int32)
+        for place, row in enumerate(texts):
+            for k, text in enumerate(row):
+                targets[place, k, : len(text)] = text
+        with self._on_mesh():
+            out = score_choices(self.lm.config, self.lm.params, tokens, targets, lengths=lengths)
+        return [
+            [_total(out, (place, k), slice(len(text))) for k, text in enumerate(row)] for place, row in enumerate(texts)
+        ]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.lm.mesh is None else jax.set_mesh(self.lm.mesh)
+
+
+def _total(out: tuple[Any, Any], place: Any, inside: slice) -> tuple[float, bool]:
+    """Of a row's scores and best flags those inside."""
+    scores, best = (np.asarray(part)[place][inside] for part in out)
+    return float(scores.sum(dtype=np.float64)), bool(best.all())
 
 
 def _power(count: int) -> int:
@@ -245,34 +281,67 @@ def score_targets(
     params: PyTree,
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
-    last: Int[Array, "B K"],
     *,
     lengths: Int[Array, "B"],
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Float[Array, "B K"], Bool[Array, "B K"]]:
-    """Log-probability of what follows each token, float32, and whether nothing is likelier.
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Log-probability of the target behind each token, float32, and whether nothing is likelier.
 
-    Then the same of K tokens behind each row's end. The logits of a block of tokens at a time are alive, never all.
+    The logits of a block of tokens at a time are alive, never all.
     """
     B, T = tokens.shape
     x = trunk(config, params, embed(config, params, tokens), first_step(lengths, T)).x
-    end = head(config, params, jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1))
-    last_scores = token_log_probs(jnp.broadcast_to(end, (*last.shape, end.shape[-1])), last)
-    last_best = jnp.argmax(end, axis=-1) == last
     block = min(T, max(1, LOGIT_TOKENS // B))
     blocks = -(-T // block)
     x = jnp.pad(x, ((0, 0), (0, blocks * block - T), (0, 0))).reshape(B, blocks, block, -1)
     targets = jnp.pad(targets, ((0, 0), (0, blocks * block - T))).reshape(B, blocks, block)
-
-    def score(part: tuple[Any, Any]) -> tuple[Any, Any]:
-        logits = head(config, params, part[0])
-        return token_log_probs(logits, part[1]), jnp.argmax(logits, axis=-1) == part[1]
-
-    found = jax.lax.map(score, (jnp.swapaxes(x, 0, 1), jnp.swapaxes(targets, 0, 1)))
+    parts = (jnp.swapaxes(x, 0, 1), jnp.swapaxes(targets, 0, 1))
+    found = jax.lax.map(lambda part: _scored(head(config, params, part[0]), part[1]), parts)
     scores, best = (jnp.swapaxes(part, 0, 1).reshape(B, -1)[:, :T] for part in found)
-    return (
-        constrain(scores, None, None), constrain(best, None, None), constrain(last_scores, None, None),
-        constrain(last_best, None, None),
-    )  # fmt: skip
+    return constrain(scores, None, None), constrain(best, None, None)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score_choices(
+    config: DecoderConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    targets: Int[Array, "B K n"],
+    *,
+    lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B K n"], Bool[Array, "B K n"]]:
+    """As `score_targets`, of K texts of n tokens behind each row, which is read once; its cache is never copied."""
+    B, K, n = targets.shape
+    T, policy = tokens.shape[1], FullCache()
+    step = dataclasses.replace(first_step(lengths, T), tokens=tokens)
+    x, cache = _read(config, params, tokens, step, policy=policy, room=T + n)
+    end = head(config, params, jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1))[:, 0]
+    likely = jax.nn.log_softmax(end.astype(jnp.float32))
+    first = (jnp.take_along_axis(likely, targets[..., 0], axis=1), jnp.argmax(end, axis=-1)[:, None] == targets[..., 0])
+    first = tuple(part[..., None] for part in first)
+    if n > 1:
+
+        def score(text: Int[Array, "B n"]) -> tuple[Any, Any]:
+            step = first_step(jnp.full(B, n - 1, jnp.int32), n - 1)
+            step = dataclasses.replace(step, positions=step.positions + lengths[:, None], tokens=text[:, :-1])
+            x, _ = _read(config, params, text[:, :-1], step, policy=policy, cache=cache, write=False)
+            return _scored(head(config, params, x), text[:, 1:])
+
+        rest = (jnp.swapaxes(part, 0, 1) for part in jax.lax.map(score, jnp.swapaxes(targets, 0, 1)))
+        first = tuple(jnp.concatenate(parts, axis=-1) for parts in zip(first, rest, strict=True))
+    scores, best = first
+    return constrain(scores, None, None, None), constrain(best, None, None, None)
+
+
+def _read(
+    config: DecoderConfig, params: PyTree, tokens: Int[Array, "B T"], step: Step, **options: Any
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    x = embed(config, params, tokens, positions=step.positions)
+    out = trunk(config, params, x, step, **options)
+    return out.x, out.cache
+
+
+def _scored(logits: Float[Array, "... V"], targets: Int[Array, "..."]) -> tuple[Any, Any]:
+    return token_log_probs(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
 
 def main() -> None:
