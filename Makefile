@@ -10,7 +10,7 @@ EDITABLE = --config-settings editable_mode=compat --editable
 BIN = .venv/bin/python
 ORACLE = .venv-oracle/bin/python
 
-.PHONY: help install demo test oracle bench notebook soak h200 gpu clean
+.PHONY: help install demo test oracle bench notebook soak h200 embedded card gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,14 @@ h200: .venv/dev  ## what kernels and published models become on H200s, compiled 
 	$(BIN) -m experiments.kernels
 	$(BIN) -m experiments.sharding
 	$(BIN) -m experiments.h200
+
+embedded: .venv/installed  ## train the embedded model from nothing, in two stages (two hours on two cores): runs/embedded
+	$(BIN) -m jaxfw.launch --config=configs/embedded.py --workdir=runs/embedded-stage-1
+	$(BIN) -m jaxfw.launch --config=configs/embedded.py:stage=2 --config.init=runs/embedded-stage-1 --workdir=runs/embedded-stage-2
+	$(BIN) -m experiments.embedded.ship runs/embedded-stage-2 runs/embedded
+
+card: .venv/installed  ## measure the embedded model that comes with jaxfw, and write its card anew
+	$(BIN) -m experiments.embedded.card
 
 notebook: .venv/dev  ## docs/tour.ipynb from docs/tour.py, executed
 	.venv/bin/jupytext --quiet --to ipynb --set-kernel python3 docs/tour.py
