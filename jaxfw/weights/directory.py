@@ -172,10 +172,10 @@ def _dtype_name(field: str, value: Any) -> str:
 
 
 def _existing(directory: str | Path) -> Path:
-    directory = located(directory)
-    if directory.is_dir():
-        return directory
-    refusals.check_path(directory)
+    found = located(directory)
+    if found.is_dir():
+        return found
+    refusals.check_path(found)
     message = f"{directory} is not a directory: give the folder that holds config.json."
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(directory)) and not os.path.exists(directory):
         message += (

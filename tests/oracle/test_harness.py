@@ -45,7 +45,8 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def manager(tmp_path_factory):
+def folder(tmp_path_factory):
+    """Local tasks."""
     folder = tmp_path_factory.mktemp("tasks")
     texts = stdlib_docstrings(most=60)[:24]
     docs = [
@@ -57,6 +58,11 @@ def manager(tmp_path_factory):
     for name, described in TASKS.items():
         source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/docs.json}}}}\ntest_split: test\n"
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{source}{described}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manager(folder):
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
@@ -107,6 +113,15 @@ def test_token_ids_are_continued_as_they_are(backends):
 
 def jaxfw_tokens(lm, ids):
     return jaxfw.generate_tokens(lm.config, lm.params, [ids], max_new_tokens=4, stop_ids=lm.stop_ids).tokens[0]
+
+
+def test_the_command_line_is_that_of_the_harness(directory, folder, tmp_path):
+    words = ["run", "--model", "jaxfw", "--model_args", f"pretrained={directory}", "--tasks", "choose", "--limit", "3",
+             "--include_path", str(folder), "--output_path", str(tmp_path / "out.json")]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "jaxfw.evals.harness", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.rglob("*.json")
+    assert 0 <= json.loads(written.read_text())["results"]["choose"]["acc,none"] <= 1
 
 
 @pytest.mark.parametrize(
