@@ -20,9 +20,10 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _BODIES = re.compile(
-    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
+    r"\b(body|condition|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s(?:=\{|":\[)([\d,"]*)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _STARTED = re.compile(r"-done\((?:[^%)]*%)?([\w.\-]+)\)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -45,6 +46,21 @@ class Instruction:
         return sum(_array_bytes(*array) for array in self.arrays)
 
     @property
+    def operands(self) -> tuple[str, ...]:
+        """Names of what it takes, in order."""
+        given, depth = self.line.split(f" {self.opcode}(", 1)[1], 1
+        for end, character in enumerate(given):
+            depth += (character in "([{") - (character in ")]}")
+            if not depth:
+                return tuple(re.findall(r"%([\w.\-]+)", given[:end]))
+        return ()
+
+    @property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """The computations that it runs, by the attribute that names them: body, condition, calls, to_apply, ..."""
+        return {kind: tuple(re.findall(r"[\w.\-]+", names)) for kind, names in _BODIES.findall(self.line)}
+
+    @property
     def target(self) -> str | None:
         """What a custom call calls."""
         found = _TARGET.search(self.line) if self.opcode.startswith("custom-call") else None
@@ -62,6 +78,53 @@ class Collective:
     bytes: int
     times: int
     instruction: Instruction
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The computations that are run, each in its order, and the name of the one that begins."""
+
+    computations: dict[str, tuple[Instruction, ...]]
+    entry: str
+
+    @functools.cached_property
+    def _by_name(self) -> dict[tuple[str, str], Instruction]:
+        return {(name, i.name): i for name, found in self.computations.items() for i in found}
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """What it takes."""
+        return [self._by_name[instruction.computation, name] for name in instruction.operands]
+
+    def operand_bytes(self, instruction: Instruction) -> int:
+        """Bytes of what it takes, on one device."""
+        return sum(x.bytes for x in self.operands(instruction))
+
+    def flops(self, instruction: Instruction) -> int:
+        """Operations of matrix products in it or in the fusion that it is: two for each number that is multiplied.
+
+        Attention kernels of cuDNN count as the two products of each query with every key, causal ones too.
+        """
+        if instruction.opcode == "fusion":
+            return sum(self.flops(i) for name in instruction.called["calls"] for i in self.computations[name])
+        target = instruction.target or ""
+        if instruction.opcode == "dot" or target.startswith("__cublas"):
+            found = _CONTRACTED.search(instruction.line)
+            sizes = self.operands(instruction)[0].arrays[0][1]
+            contracted = [int(n) for n in found[1].replace('"', "").split(",") if n] if found else []
+            return 2 * math.prod(instruction.arrays[0][1]) * math.prod(sizes[n] for n in contracted)
+        if target.startswith("__cudnn$fmha"):
+            q, k = (x.arrays[0][1] for x in self.operands(instruction)[:2])
+            return (10 if "Backward" in target else 4) * math.prod(q) * k[1]
+        return 0
+
+
+@functools.lru_cache(maxsize=8)
+def program(text: str) -> Program:
+    """The program with its structure."""
+    held: dict[str, list[Instruction]] = collections.defaultdict(list)
+    for instruction in instructions(text):
+        held[instruction.computation].append(instruction)
+    return Program({name: tuple(found) for name, found in held.items()}, _computations(text)[1])
 
 
 @functools.lru_cache(maxsize=8)
@@ -121,7 +184,7 @@ def _times(bodies: dict[str, list[tuple[str, str, str, str]]], entry: str) -> di
             if opcode in ("async-update", "async-done"):
                 continue  # what they call is counted where it starts
             trips = _TRIPS.search(line) if opcode == "while" else None
-            for names in _BODIES.findall(line):
+            for _, names in _BODIES.findall(line):
                 for name in re.findall(r"[\w.\-]+", names):
                     callers[name].append((computation, int(trips[1]) if trips else 1))
 
