@@ -1,6 +1,6 @@
 """Compile for a cluster that is not there: what a jitted function becomes on H200s, from any machine.
 
-    mesh = cluster("h200:1x1x8", tensor=8)
+    mesh = cluster("h200:1x8", tensor=8)
     x = jax.ShapeDtypeStruct((8, 4096), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec(None, "tensor")))
     compiled = compile(step, params, x, mesh=mesh)
     compiled.bytes.total, hlo.custom_calls(compiled.text), hlo.collectives(compiled.text)
@@ -32,36 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.mesh import make_mesh
+from jaxfw.core.targets import CHIPS
 
-# Facts of the chip, as XLA's GpuTargetConfigProto has them.
-TARGETS = {
-    "h200": """
-        platform_name: "CUDA"
-        device_description_str: "NVIDIA H200"
-        dnn_version_info { major: 9 minor: 10 }
-        runtime_version { major: 13 }
-        gpu_device_info {
-          cuda_compute_capability { major: 9 }
-          core_count: 132
-          fpus_per_core: 128
-          clock_rate_ghz: 1.98
-          device_memory_size: 150000000000
-          memory_bandwidth: 4800000000000
-          l2_cache_size: 52428800
-          shared_memory_per_core: 233472
-          shared_memory_per_block: 49152
-          shared_memory_per_block_optin: 232448
-          registers_per_core_limit: 65536
-          registers_per_block_limit: 65536
-          threads_per_core_limit: 2048
-          threads_per_block_limit: 1024
-          threads_per_warp: 32
-          block_dim_limit_x: 2147483647
-          block_dim_limit_y: 65535
-          block_dim_limit_z: 65535
-        }
-    """,
-}
 INSTALL = "pip install 'jaxfw[aot]'"
 
 
@@ -89,20 +61,35 @@ class Compiled:
 
 
 def cluster(target: str, **axes: int) -> Mesh:
-    """A mesh of devices that are described, not there; `target` is "chip:slices x hosts x GPUs per host".
+    """A mesh of devices that are described, not there; `target` is "chip:hosts x GPUs per host".
 
-    `cluster("h200:1x2x4", tensor=4, data=2)` is two hosts of four. Axes are those of `jaxfw.core.mesh.make_mesh`.
+    `cluster("h200:2x4", tensor=4, data=2)` is two hosts of four; a third number, in front, is of slices. Axes are those
+    of `jaxfw.core.mesh.make_mesh`.
 
     Raises:
         InputError: an unknown chip, a malformed shape, axes that do not fit, or a package that is missing.
     """
+    chip, sizes = parse_target(target)
+    return make_mesh(**axes, devices=_devices(chip, "x".join(map(str, sizes))))
+
+
+def parse_target(target: str) -> tuple[str, tuple[int, int, int]]:
+    """Chip; slices, hosts of each, GPUs of each host.
+
+    Raises:
+        InputError: an unknown chip, or a malformed shape.
+
+    >>> parse_target("h200:2x8")
+    ('h200', (1, 2, 8))
+    """
     chip, _, shape = target.partition(":")
-    if chip not in TARGETS:
-        raise unknown("target chip", chip, TARGETS)
+    if chip not in CHIPS:
+        raise unknown("target chip", chip, CHIPS)
     sizes = shape.split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise InputError(f"target={target!r} must be chip:SLICESxHOSTSxGPUS, as in {chip}:1x1x8.")
-    return make_mesh(**axes, devices=_devices(chip, shape))
+    if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise InputError(f"target={target!r} must be chip:HOSTSxGPUS, as in {chip}:1x8.")
+    slices, hosts, gpus = [1] * (3 - len(sizes)) + [int(size) for size in sizes]
+    return chip, (slices, hosts, gpus)
 
 
 def compile(
@@ -173,7 +160,11 @@ def _devices(chip: str, shape: str) -> tuple[Any, ...]:
     if reason:
         raise InputError(f"cannot compile for {chip}: {reason}")
     describe = functools.partial(
-        topologies.get_topology_desc, platform="cuda", topology_name=chip, target_config=TARGETS[chip], topology=shape
+        topologies.get_topology_desc,
+        platform="cuda",
+        topology_name=chip,
+        target_config=CHIPS[chip].proto,
+        topology=shape,
     )
     with _without_gpu_check():
         try:

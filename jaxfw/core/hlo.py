@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator, Mapping
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
@@ -26,6 +27,7 @@ _BODIES = re.compile(
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s(?:=\{|":\[)([\d,"]*)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _STARTED = re.compile(r"-done\((?:[^%)]*%)?([\w.\-]+)\)")
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
@@ -44,6 +46,12 @@ class Instruction:
     def bytes(self) -> int:
         """Bytes of the result on one device, once."""
         return sum(_array_bytes(*array) for array in self.arrays)
+
+    @property
+    def source(self) -> str:
+        """What in the traced program it comes from, "jvp(Head)/dot_general" say; "" where nobody knows."""
+        found = _SOURCE.search(self.line)
+        return found[1].partition("/")[2] if found else ""
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -98,6 +106,38 @@ class Program:
     def operand_bytes(self, instruction: Instruction) -> int:
         """Bytes of what it takes, on one device."""
         return sum(x.bytes for x in self.operands(instruction))
+
+    def moved_bytes(self, instruction: Instruction) -> int:
+        """Bytes that a kernel reads and writes: all that it takes and gives, but of what it slices the slice.
+
+        A loop over stacked layers hands whole stacks to kernels that read one layer or write one in its place.
+        """
+        body = (instruction,)
+        if instruction.opcode == "fusion":
+            (name,) = instruction.called["calls"]
+            body = self.computations[name]
+        return self._read(instruction, body) + self._written(body[-1], body)
+
+    def _read(self, instruction: Instruction, body: tuple[Instruction, ...]) -> int:
+        if instruction.opcode != "fusion":
+            given = self.operands(instruction)
+            return sum(_taken(instruction, place, x.bytes) for place, x in enumerate(given))
+        total, users = 0, collections.defaultdict(list)
+        for i in body:
+            for place, name in enumerate(i.operands):
+                users[name].append((i, place))
+        for i in body:
+            if i.opcode == "parameter":
+                # Several slices may overlap: never more than the whole.
+                total += min(i.bytes, sum(_taken(user, place, i.bytes) for user, place in _through(users, i.name)))
+        return total
+
+    def _written(self, root: Instruction, body: tuple[Instruction, ...]) -> int:
+        if root.opcode in ("bitcast", "tuple") and len(body) > 1:
+            return sum(self._written(i, body) for i in self.operands(root))
+        if root.opcode == "dynamic-update-slice":
+            return self.operands(root)[1].bytes
+        return 0 if root.opcode == "parameter" else root.bytes
 
     def flops(self, instruction: Instruction) -> int:
         """Operations of matrix products in it or in the fusion that it is: two for each number that is multiplied.
@@ -193,6 +233,22 @@ def _times(bodies: dict[str, list[tuple[str, str, str, str]]], entry: str) -> di
         return 1 if computation == entry else sum(runs(caller) * trips for caller, trips in callers[computation])
 
     return {computation: runs(computation) for computation in bodies if runs(computation)}
+
+
+def _taken(user: Instruction, place: int, given: int) -> int:
+    """What an instruction reads of an operand that has so many bytes."""
+    if user.opcode in ("slice", "dynamic-slice", "gather") and place == 0:
+        return user.bytes
+    return 0 if user.opcode == "dynamic-update-slice" and place == 0 else given
+
+
+def _through(users: Mapping[str, list[tuple[Instruction, int]]], name: str) -> Iterator[tuple[Instruction, int]]:
+    """Those that read a value, behind what only gives it another shape."""
+    for user, place in users[name]:
+        if user.opcode == "bitcast":
+            yield from _through(users, user.name)
+        else:
+            yield user, place
 
 
 def _arrays(shape: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -16,6 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from jaxfw.core import hlo
 from jaxfw.core.errors import InputError, unknown
 
@@ -37,6 +39,7 @@ KERNELS = frozenset(
 CALLS = ("__cublas", "__cudnn$fmha", "__gpu$xla.gpu.triton", "mosaic_gpu", "__cub$", "__gpu$TopK")
 _GROUPS = re.compile(r"replica_groups=\{?\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -80,9 +83,13 @@ PROFILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Something that runs: an instruction from `begin` to `end`, in seconds; of collectives, the link that it is on."""
+    """An instruction that runs from `begin` to `end`, in seconds; `source` is what it was traced from.
+
+    Of collectives and copies, `link` is what they go over; it is empty for kernels.
+    """
 
     name: str
+    source: str
     kind: Kind
     link: str
     begin: float
@@ -211,10 +218,10 @@ class _Player:
         target = i.target
         if target is not None and not target.startswith(CALLS):
             raise InputError(f"{i.name} calls {target!r}, whose cost is not known: add it here.")
-        moved = i.bytes + self.program.operand_bytes(i)
+        moved = self.program.moved_bytes(i)
         products = self.program.flops(i)
         seconds = max(products / self.profile.flops, moved / self.profile.memory) + self.profile.launch
-        self._span(i.name, "gemm" if products else "kernel", "", self.clock, seconds, moved)
+        self._span(i, "gemm" if products else "kernel", "", self.clock, seconds, moved)
         self.clock += seconds
 
     def _start(self, i: hlo.Instruction) -> None:
@@ -231,7 +238,7 @@ class _Player:
             begin = max(self.clock, self.free.get(stream, 0.0))
             seconds = rate.latency + wire / rate.bandwidth
             self.free[stream] = self.ends[i.name] = begin + seconds
-            self._span(i.name, "copy" if kind == "copy" else "collective", link, begin, seconds, int(wire))
+            self._span(i, "copy" if kind == "copy" else "collective", link, begin, seconds, int(wire))
 
     def _wrapped(self, i: hlo.Instruction) -> Sequence[tuple[str, hlo.Instruction]]:
         """What an asynchronous instruction runs: itself, or the collectives in the computation that it wraps."""
@@ -261,8 +268,8 @@ class _Player:
         longest = max(played, key=lambda other: other.clock)
         self.clock, self.free, self.ends, self.spans = longest.clock, longest.free, longest.ends, longest.spans
 
-    def _span(self, name: str, kind: Kind, link: str, begin: float, seconds: float, moved: int) -> None:
-        self.spans.append(Span(name, kind, link, begin, begin + seconds, moved))
+    def _span(self, i: hlo.Instruction, kind: Kind, link: str, begin: float, seconds: float, moved: int) -> None:
+        self.spans.append(Span(i.name, i.source, kind, link, begin, begin + seconds, moved))
 
 
 def wire_bytes(kind: str, given: int, size: int) -> float:
@@ -279,13 +286,15 @@ def wire_bytes(kind: str, given: int, size: int) -> float:
 
 
 def members_of(line: str) -> list[int]:
-    """The devices of an instruction's first group.
+    """The devices of an instruction's first group, in any of the three ways in which XLA writes groups.
 
     >>> members_of("replica_groups={{0,8},{1,9}}, dimensions={0}"), members_of("replica_groups=[2,4]<=[4,2]T(1,0)")
     ([0, 8], [0, 2, 4, 6])
+    >>> members_of("replica_groups=mesh['a'=2,'b'=4] {'a'}, dimensions={0}")
+    [0, 4]
+    >>> members_of("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, dimensions={0}")
+    [0, 2]
     """
-    import numpy as np
-
     if found := _GROUPS.search(line):
         return [int(x) for x in found[1].split(",") if x]
     if found := _IOTA.search(line):
@@ -293,6 +302,29 @@ def members_of(line: str) -> list[int]:
         assert shape and source
         ids = np.arange(math.prod(source)).reshape(source)
         return (ids.transpose(order) if order else ids).reshape(shape)[0].tolist()
+    if found := _MESH.search(line):
+        return _mesh_members(*found.groups())
     if found := _PAIRS.search(line):
         return [int(found[1]), int(found[2])]
-    raise InputError(f"a collective names no devices: {line:.120}")
+    raise InputError(f"a collective names no devices, or in a way that is not known here: {line:.160}")
+
+
+def _mesh_members(sizes: str, source: str | None, order: str | None, axes: str) -> list[int]:
+    """Of a mesh `'a'=2,'b'=4`, the first group along `'a'`, or along a part of an axis: `'b':(2)2`.
+
+    The devices stand in it in their order, or in that of a transposed array.
+    """
+    names = dict(re.findall(r"'([^']+)'=(\d+)", sizes))
+    shape = [int(size) for size in names.values()]
+    place: list[slice | int] = [0] * len(shape)
+    ids = np.arange(math.prod(shape))
+    if source:
+        ids = ids.reshape([int(size) for size in source.split(",")])
+        ids = ids.transpose([int(axis) for axis in order.split(",")]) if order else ids
+    ids = ids.reshape(shape)
+    chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
+    for name, before, size in chosen:
+        at = list(names).index(name)
+        step = 1 if not size else shape[at] // (int(before) * int(size))
+        place[at] = slice(0, step * int(size) if size else None, step)
+    return ids[tuple(place)].ravel().tolist()

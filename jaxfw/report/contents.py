@@ -74,6 +74,27 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """Something on a lane from `begin` to `end`; bars of one kind share a colour."""
+
+    lane: str
+    kind: str
+    name: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Bars on lanes, along one axis: what runs when, say. Lanes and kinds stand in the order in which they come up."""
+
+    title: str
+    bars: tuple[Bar, ...]
+    x_label: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Text:
     """Prose, or with `mono` anything whose spaces and line breaks matter: generated samples, logs, code."""
 
@@ -82,4 +103,4 @@ class Text:
     mono: bool = False
 
 
-Section: TypeAlias = Table | Plot | Text
+Section: TypeAlias = Table | Plot | Lanes | Text

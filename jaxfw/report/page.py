@@ -13,8 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxfw.report.contents import Plot, Section, Table, Text
+from jaxfw.report.contents import Lanes, Plot, Section, Table, Text
 from jaxfw.report.drawing import draw
+from jaxfw.report.lanes import draw_lanes, legend
 from jaxfw.report.numerals import is_numeric, plain, write_column, write_value
 
 CHECK_DIGITS = 6  # a value just beyond its bound must not look equal to it
@@ -75,9 +76,10 @@ def _check(check: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(sections: Sequence[Section]) -> Iterator[dict[str, Any]]:
-    counts = {Table: 0, Plot: 0, Text: 0}
+    numbered = {Table: "table", Plot: "figure", Lanes: "figure", Text: "text"}
+    counts = dict.fromkeys(numbered.values(), 0)
     for number, section in enumerate(sections, 1):
-        counts[type(section)] += 1
+        counts[numbered[type(section)]] += 1
         anchor = f"s{number}"
         match section:
             case Table():
@@ -85,9 +87,11 @@ def _sections(sections: Sequence[Section]) -> Iterator[dict[str, Any]]:
             case Plot():
                 has_bands = any(curve.low is not None for curve in section.curves)
                 made = {"kind": "plot", "drawing": draw(section, prefix=anchor), "has_bands": has_bands}
+            case Lanes():
+                made = {"kind": "lanes", "drawing": draw_lanes(section), "legend": legend(section)}
             case Text():
                 made = {"kind": "text", "paragraphs": _paragraphs(section.body)}
-        yield {"anchor": anchor, "number": counts[type(section)], "source": section, **made}
+        yield {"anchor": anchor, "number": counts[numbered[type(section)]], "source": section, **made}
 
 
 def _table(table: Table) -> dict[str, Any]:
