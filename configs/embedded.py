@@ -1,29 +1,38 @@
-"""The embedded model: a LLaMA of some 4 M parameters with seven abilities, trained from nothing.
+"""The embedded model: a LLaMA of some 4 M parameters with seven abilities, trained from nothing (`make embedded`).
 
-    python -m jaxfw.launch --config=configs/embedded.py --workdir=runs/embedded-1
-    python -m jaxfw.launch --config=configs/embedded.py:stage=2 --config.init=runs/embedded-1 --workdir=runs/embedded-2
+    python -m jaxfw.launch --config=configs/embedded.py:stage=1 --workdir=runs/stage-1
+    python -m jaxfw.launch --config=configs/embedded.py:stage=2 --config.init=runs/stage-1 --workdir=runs/stage-2
+    python -m jaxfw.launch --config=configs/embedded.py:stage=3 --config.init=runs/stage-2 --workdir=runs/stage-3
 
-Stage 1 learns to look up what it has read, then the tasks, in rows of 256 tokens; stage 2 goes on with rows of 1,024.
+Stage 1 repeats random segments, from which a model learns to look up what it has read; stage 2 has the lessons in rows
+of 256 tokens, stage 3 in rows of 1,024.
 """
 
 from ml_collections import ConfigDict
 
 from jaxfw.core.config import parse_arg
+from jaxfw.core.errors import InputError
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Mini-arguments: `stage` (1 or 2), `smoke` (a tiny model, a few steps)."""
+    """Mini-arguments: `stage` (1, 2 or 3), `smoke` (a tiny model, a few steps)."""
     args = parse_arg(arg, stage=1, smoke=False)
+    if args.stage not in (1, 2, 3):
+        raise InputError(f"mini-argument stage={args.stage} must be 1, 2 or 3.")
+
+    def by_stage(*values):
+        return values[args.stage - 1]
+
     c = ConfigDict()
     c.experiment = "experiments.embedded"
     c.seed = 0
     c.init = ""  # the workdir of the stage before
-    c.period = (6, 32) if args.stage == 1 else (6, 256)  # tokens of a repeated segment
+    c.period = by_stage((6, 32), (6, 64), (6, 256))  # tokens of a repeated segment
 
     c.rows = ConfigDict()  # shares of the rows of a batch
-    c.rows.lessons = 0.7
-    c.rows.repeated = 0.2
-    c.rows.english = 0.1
+    c.rows.lessons = by_stage(0.05, 0.8, 0.8)
+    c.rows.repeated = by_stage(0.9, 0.08, 0.05)
+    c.rows.english = by_stage(0.05, 0.12, 0.15)
 
     c.lessons = ConfigDict()  # shares of the documents
     c.lessons.statements = 0.15
@@ -48,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.init_std = 0.0625
 
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1.5e-3 if args.stage == 1 else 1e-3
+    c.optimizer.learning_rate = by_stage(2e-3, 1.5e-3, 1e-3)
     c.optimizer.warmup = 100
     c.optimizer.final = 0.05
     c.optimizer.weight_decay = 0.1
@@ -57,14 +66,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.train = ConfigDict()
-    c.train.steps = 4000 if args.stage == 1 else 1000
-    c.train.batch = 16 if args.stage == 1 else 8
-    c.train.length = 256 if args.stage == 1 else 1024
-    c.train.log_every = 50
+    c.train.steps = by_stage(300, 3000, 1000)
+    c.train.batch = by_stage(64, 16, 8)
+    c.train.length = by_stage(64, 256, 1024)
+    c.train.log_every = 25
     c.train.evaluate_every = 1000
     c.train.save_every = 500
-    c.train.asked = 64
-    c.train.final = 500
+    c.train.asked = by_stage(32, 64, 64)
+    c.train.final = by_stage(32, 100, 500)
 
     if args.smoke:
         c.model.vocab = 400

@@ -9,6 +9,7 @@ from jaxfw.audit import programs
 from jaxfw.audit.account import Account, account
 from jaxfw.audit.options import parse_options
 from jaxfw.audit.traffic import Flow, Overlap, flows, kernels, overlaps
+from jaxfw.audit.warnings import compiler_log, replicated
 from jaxfw.core import aot
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.mesh import parse_mesh
@@ -103,7 +104,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What came of it. `timeline` is predicted; None where the chip's rates are not known."""
+    """What came of it. `timeline` is predicted; None where the chip's rates are not known.
+
+    `replicated` are arrays that the compiler gathers whole, for want of a better way from one layout to the next.
+    """
 
     request: Request
     what: str
@@ -112,6 +116,7 @@ class Audit:
     kernels: dict[str, int]
     timeline: Timeline | None
     overlaps: list[Overlap]
+    replicated: list[str]
     compile_seconds: float
 
     def figures(self) -> dict[str, Any]:
@@ -136,11 +141,12 @@ def audit(request: Request) -> Audit:
     chip, _ = aot.parse_target(request.target)
     program = request.build()
     begun = time.perf_counter()
-    compiled = program.compile(parse_options(request.options))
+    with compiler_log() as said:
+        compiled = program.compile(parse_options(request.options))
     seconds = time.perf_counter() - begun
     profile = PROFILES.get(chip)
     timeline = None if profile is None else replay(compiled.text, profile, gpus_per_host=request.gpus_per_host)
     return Audit(
         request, program.what, account(program, compiled, CHIPS[chip]), flows(compiled.text, program.mesh),
-        kernels(compiled.text), timeline, overlaps(timeline) if timeline else [], seconds,
+        kernels(compiled.text), timeline, overlaps(compiled.text, timeline) if timeline else [], replicated(said), seconds,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxfw.audit.audit import Audit
-from jaxfw.report import Bar, Lanes, Table
+from jaxfw.report import Bar, Lanes, Table, Text
 
 BARS = 4000  # of a timeline; of a longer run the first ones are drawn
 LANES = {"": "kernels", "intra": "in a host", "inter": "between hosts", "host": "host memory"}
@@ -24,6 +24,7 @@ def lines(found: Audit) -> list[str]:
           for flow in found.flows),
         f"  kernels: {', '.join(f'{name} {count}' for name, count in found.kernels.items())}",
     ]  # fmt: skip
+    said += [f"  gathered whole, for want of a better way: {array}" for array in found.replicated]
     if found.timeline is not None:
         hidden = found.timeline.hidden()
         share = "" if hidden != hidden else f", {hidden:.0%} of the collectives' time hidden"
@@ -53,6 +54,8 @@ def page(found: Audit) -> dict[str, Any]:
         ),
         Table("What does the work", ("kernel", "times"), tuple(found.kernels.items())),
     ]  # fmt: skip
+    if found.replicated:
+        sections.append(Text("Gathered whole, for want of a better way", "\n".join(found.replicated), mono=True))
     if found.timeline is not None:
         sections += _timeline(found)
     return {
@@ -74,8 +77,8 @@ def _timeline(found: Audit) -> list[Any]:
     ]  # fmt: skip
     cut = "" if len(timeline.spans) <= BARS else f" The first {BARS:,} of {len(timeline.spans):,} bars."
     rows = [
-        (one.name, one.source, one.link, one.times, 1e3 * one.begin, 1e6 * one.seconds, one.hidden / one.seconds,
-         ", ".join(one.beside[:2]) + (f" and {len(one.beside) - 2} more" if len(one.beside) > 2 else ""))
+        (one.kind, _short(one.source) or one.name, one.link, one.times, 1e3 * one.begin, 1e6 * one.seconds, one.hidden / one.seconds,
+         ", ".join(map(_short, one.beside[:2])) + (f" and {len(one.beside) - 2} more" if len(one.beside) > 2 else ""))
         for one in found.overlaps
     ]  # fmt: skip
     return [
@@ -90,6 +93,11 @@ def _timeline(found: Audit) -> list[Any]:
             note="Hidden is the share that runs beside a matrix product or a collective of the other link.",
         ),
     ]  # fmt: skip
+
+
+def _short(source: str) -> str:
+    """The end of a path: which part of the layer, and what it does."""
+    return "/".join(source.split("/")[-3:])
 
 
 def comparison(audits: Sequence[tuple[str, Audit]]) -> Table:

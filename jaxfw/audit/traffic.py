@@ -78,6 +78,7 @@ class Overlap:
     """
 
     name: str
+    kind: str
     source: str
     link: str
     begin: float
@@ -87,15 +88,16 @@ class Overlap:
     beside: tuple[str, ...]
 
 
-def overlaps(timeline: Timeline) -> list[Overlap]:
+def overlaps(text: str, timeline: Timeline) -> list[Overlap]:
     """Every collective instruction, in the order in which they first begin; means over its runs."""
+    kinds = {collective.instruction.name: collective.kind for collective in hlo.collectives(text)}
     runs: dict[str, list[Span]] = {}
     for span in timeline.spans:
         if span.kind == "collective":
             runs.setdefault(span.name, []).append(span)
     found = [
         Overlap(
-            name, spans[0].source, spans[0].link, spans[0].begin, len(spans),
+            name, kinds.get(name, "collective"), spans[0].source, spans[0].link, spans[0].begin, len(spans),
             sum(span.seconds for span in spans) / len(spans), sum(map(timeline.covered, spans)) / len(spans),
             tuple(other.source or other.name for other in timeline.during(spans[0])),
         )

@@ -137,6 +137,8 @@ class Program:
             return sum(self._written(i, body) for i in self.operands(root))
         if root.opcode == "dynamic-update-slice":
             return self.operands(root)[1].bytes
+        if root.opcode == "scatter":
+            return sum(x.bytes for x in self.operands(root)[-len(root.arrays) :])
         return 0 if root.opcode == "parameter" else root.bytes
 
     def flops(self, instruction: Instruction) -> int:
@@ -239,7 +241,7 @@ def _taken(user: Instruction, place: int, given: int) -> int:
     """What an instruction reads of an operand that has so many bytes."""
     if user.opcode in ("slice", "dynamic-slice", "gather") and place == 0:
         return user.bytes
-    return 0 if user.opcode == "dynamic-update-slice" and place == 0 else given
+    return 0 if user.opcode in ("dynamic-update-slice", "scatter") and place == 0 else given
 
 
 def _through(users: Mapping[str, list[tuple[Instruction, int]]], name: str) -> Iterator[tuple[Instruction, int]]:

@@ -6,7 +6,7 @@ from jaxfw.report.contents import Lanes
 from jaxfw.report.drawing import COLOURS
 from jaxfw.report.numerals import write_ticks
 
-WIDTH, LEFT, LANE, BAR, AXIS = 736, 92, 30, 20, 26
+WIDTH, LEFT, LANE, BAR, AXIS = 736, 104, 30, 20, 26
 LEAST = 0.4  # pixels of the shortest bar
 TICKS = 6
 

@@ -29,6 +29,7 @@ class Code:
             trace.append(f"{name} = {right}" + (f" = {filled} = {value}" if filled else ""))
         asked = sorted(held)[int(rng.integers(len(held)))]
         program = "\n".join([*lines, f"print({asked})"])
+        trace.append(f"print({asked}) = print({held[asked]})")
         return Item(
             identity=f"code {program}",
             level=level,

@@ -17,7 +17,8 @@ WORDS = (
 class Retrieval:
     """`level` sentences that give a number to a name of two words; where the one asked for stands is drawn evenly.
 
-    The names are never known before, and what is held out is the name with its number.
+    The working is the sentence again. The names are never known before, and what is held out is the name with its
+    number.
     """
 
     name: str = "retrieval"
@@ -28,11 +29,13 @@ class Retrieval:
         chosen = rng.choice(len(WORDS) ** 2, size=level, replace=False)
         names = [f"{WORDS[i // len(WORDS)]} {WORDS[i % len(WORDS)]}" for i in chosen.tolist()]
         numbers = ["".join(str(d) for d in rng.integers(0, 10, DIGITS)) for _ in names]
+        sentences = [f"The code of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
         asked = int(rng.integers(level))
         return Item(
             identity=f"retrieval {names[asked]} {numbers[asked]}",
             level=level,
-            context="".join(f"The code of {name} is {number}.\n" for name, number in zip(names, numbers, strict=True)),
+            context="".join(f"{sentence}\n" for sentence in sentences),
             question=f"What is the code of {names[asked]}?",
             answer=numbers[asked],
+            working=sentences[asked],
         )
