@@ -59,14 +59,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = by_stage(2e-3, 1.5e-3, 1e-3)
     c.optimizer.warmup = 100
-    c.optimizer.final = 0.05
+    c.optimizer.final = by_stage(0.5, 0.05, 0.05)
     c.optimizer.weight_decay = 0.1
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.95
     c.optimizer.clip_norm = 1.0
 
     c.train = ConfigDict()
-    c.train.steps = by_stage(300, 3000, 1000)
+    c.train.steps = by_stage(600, 3000, 1000)
     c.train.batch = by_stage(64, 16, 8)
     c.train.length = by_stage(64, 256, 1024)
     c.train.log_every = 25
