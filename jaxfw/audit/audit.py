@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxfw.audit import programs
 from jaxfw.audit.account import Account, account
 from jaxfw.audit.options import parse_options
@@ -141,12 +143,18 @@ def audit(request: Request) -> Audit:
     chip, _ = aot.parse_target(request.target)
     program = request.build()
     begun = time.perf_counter()
-    with compiler_log() as said:
-        compiled = program.compile(parse_options(request.options))
+    try:
+        with compiler_log() as said:
+            compiled = program.compile(parse_options(request.options))
+    except Exception as error:
+        if "No such compile option" not in str(error):
+            raise
+        raise InputError(f"--options: {error} in jax {jax.__version__}, whose XLA is newer or older.") from None
     seconds = time.perf_counter() - begun
     profile = PROFILES.get(chip)
     timeline = None if profile is None else replay(compiled.text, profile, gpus_per_host=request.gpus_per_host)
     return Audit(
         request, program.what, account(program, compiled, CHIPS[chip]), flows(compiled.text, program.mesh),
-        kernels(compiled.text), timeline, overlaps(compiled.text, timeline) if timeline else [], replicated(said), seconds,
+        kernels(compiled.text), timeline, overlaps(compiled.text, timeline) if timeline else [], replicated(said),
+        seconds,
     )  # fmt: skip

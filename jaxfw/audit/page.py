@@ -77,8 +77,9 @@ def _timeline(found: Audit) -> list[Any]:
     ]  # fmt: skip
     cut = "" if len(timeline.spans) <= BARS else f" The first {BARS:,} of {len(timeline.spans):,} bars."
     rows = [
-        (one.kind, _short(one.source) or one.name, one.link, one.times, 1e3 * one.begin, 1e6 * one.seconds, one.hidden / one.seconds,
-         ", ".join(map(_short, one.beside[:2])) + (f" and {len(one.beside) - 2} more" if len(one.beside) > 2 else ""))
+        (one.kind, one.source or one.name, one.link, one.times, 1e3 * one.begin, 1e6 * one.seconds,
+         one.hidden / one.seconds,
+         ", ".join(one.beside[:2]) + (f" and {len(one.beside) - 2} more" if len(one.beside) > 2 else ""))
         for one in found.overlaps
     ]  # fmt: skip
     return [
@@ -93,11 +94,6 @@ def _timeline(found: Audit) -> list[Any]:
             note="Hidden is the share that runs beside a matrix product or a collective of the other link.",
         ),
     ]  # fmt: skip
-
-
-def _short(source: str) -> str:
-    """The end of a path: which part of the layer, and what it does."""
-    return "/".join(source.split("/")[-3:])
 
 
 def comparison(audits: Sequence[tuple[str, Audit]]) -> Table:

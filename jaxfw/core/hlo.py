@@ -49,9 +49,15 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """What in the traced program it comes from, "jvp(Head)/dot_general" say; "" where nobody knows."""
+        """What in the traced program it comes from, "jvp(Head)/dot_general" say; "" where nobody knows.
+
+        The end of a path, and of what was combined the first and how many more.
+        """
         found = _SOURCE.search(self.line)
-        return found[1].partition("/")[2] if found else ""
+        if not found:
+            return ""
+        first, *more = found[1].partition("/")[2].removeprefix("(").removesuffix(")").split(":")
+        return "/".join(first.split("/")[-3:]) + (f" and {len(more)} more" if more else "")
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a decoder, from its config alone.
+"""Parameters, floating-point operations and memory of a decoder, from its config alone.
 
 A multiplication and an addition count as two operations. Causal attention counts half of its square; embedding
 lookups, norms, softmax and recomputation count nothing (the convention behind model FLOP utilisation). Of a mixture,
@@ -6,6 +6,7 @@ the experts that a token is sent to count, and the router.
 """
 
 import jax
+import numpy as np
 
 from jaxfw.models.decoder import init
 from jaxfw.nn.config import DecoderConfig
@@ -69,3 +70,59 @@ def _attended(window: int | None, length: int) -> int:
     """Pairs of query and key: half of the square, or of its band."""
     reach = min(window or length, length)
     return reach * length - reach * reach // 2 if window else length * length // 2
+
+
+def train_memory(
+    config: DecoderConfig,
+    *,
+    rows: int,
+    length: int,
+    shards: int = 1,
+    remat: str | None = None,
+    chunk: int | None = None,
+) -> dict[str, int]:
+    """Bytes that a device needs for a training step with AdamW, by what they are for: arithmetic, nothing is compiled.
+
+    What a layer keeps per token are the results that its gradient reads, in the dtype of arithmetic: with `remat` None
+    both norms, queries, keys, values, what attention returns, the residual between the halves, gate, up, activation and
+    their product; with the others as `jaxfw.train.language.NextTokenLoss` says. On top comes what the vocabulary needs:
+    its table gathered, its gradient, and logits in float32, three of each with `chunk`.
+
+    Args:
+        config: the model; parameters, optimiser and gradients are in its `param_dtype`.
+        rows: of a device.
+        length: tokens of a row.
+        shards: devices that parameters, optimiser and gradients are cut over (fsdp).
+        remat: None, "products", "attention" or "layer".
+        chunk: tokens of a row whose logits exist at once; None is all.
+    """
+    held, compute = parameter_bytes(config) // shards, np.dtype(config.dtype).itemsize
+    tokens, table = rows * length, config.vocab * config.width
+    kept = sum(_kept(config, layer, remat) for layer in range(config.layers))
+    logits = 4 * rows * config.vocab * (length if chunk is None else 3 * chunk)
+    gradient = np.dtype(config.param_dtype).itemsize if chunk is None else 4
+    return {
+        "parameters": held,
+        "optimiser": 2 * held,
+        "gradients": held,
+        "kept by layers": tokens * compute * kept,
+        "vocabulary": table * (compute + gradient) + logits,
+    }
+
+
+def _kept(config: DecoderConfig, layer: int, remat: str | None) -> int:
+    """Numbers per token that a layer keeps for its gradient."""
+    width, heads = config.width, config.heads * config.head_dim
+    projected = heads + 2 * config.kv_heads * config.head_dim
+    moe = config.moe
+    hidden = config.ffn if moe is None or not moe.is_in(layer) else moe.ffn * moe.per_token + moe.shared
+    gates = 2 if config.gated else 1
+    return (
+        width
+        + {
+            None: 3 * width + projected + heads + 2 * gates * hidden,
+            "products": projected + heads + width + gates * hidden,
+            "attention": heads,
+            "layer": 0,
+        }[remat]
+    )
