@@ -1,40 +1,34 @@
-"""Every check and benchmark that needs a GPU, in one call: does it compute the same there, and how fast?
+"""What `experiments.gpu` runs: checks that the accelerator computes the same, and benchmarks of it.
 
-    python -m experiments.gpu              # on a GPU: writes experiments/results/gpu/core.json
-    python -m experiments.gpu --smoke      # tiny shapes on any platform; writes nothing
-
-Checks compare float32 on the accelerator with float32 on the host's CPU. Speeds are of a LLaMA of 1.1 B parameters in
-bfloat16: a training step (AdamW, float32 state), prefill, and decoding at batch 1 and 32; and of kernels at the shapes
-of real models. Every part has its own entry, written as soon as it is there: a part that fails costs only itself. Needs
-no ml_collections, as GPU images lack it.
+Checks compare float32 there with float32 on the host's CPU. Speeds are of a LLaMA of 1.1 B parameters in bfloat16 (a
+training step with AdamW and float32 state), of one with Llama-3.1-8B's shapes (prefill, decoding), of kernels at the
+shapes of real models; and what the replay predicts stands beside what was measured.
 """
 
-import argparse
 import dataclasses
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfw.core import runtime
+from jaxfw.audit import programs
+from jaxfw.core import aot
 from jaxfw.core.hardware import mfu
-from jaxfw.core.workdir import write_json
+from jaxfw.core.mesh import make_mesh
+from jaxfw.core.replay import PROFILES, replay
 from jaxfw.generate import generate
 from jaxfw.generate.timing import measure_speed
 from jaxfw.models import DecoderConfig, Rope, forward, init
 from jaxfw.models.accounting import parameter_bytes, parameter_count, train_flops
+from jaxfw.models.presets import preset
 from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step
 from pallas_kernels import decode_attention
 from pallas_kernels._shapes import DECODE_SHAPES, DecodeShape
 from pallas_kernels.decode_attention import reference
 
-RESULTS = Path(__file__).parent / "results" / "gpu" / "core.json"
 SMALL = DecoderConfig(
     vocab=512, width=128, ffn=352, layers=2, heads=8, kv_heads=2, head_dim=16, positions=1024,
     rope=Rope(theta=5e5, kind="llama3", factor=8.0, original_positions=256),
@@ -46,20 +40,20 @@ LARGE = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Shapes of the benchmarks."""
+    """Shapes of the benchmarks: `trained` learns rows of `length` tokens, `served` reads `prompt` and writes `new`."""
 
-    model: DecoderConfig
+    trained: DecoderConfig
     batch: int
     length: int
-    decode_batches: tuple[int, ...]
+    served: DecoderConfig
     prompt: int
     new: int
     repeats: int
     kernels: tuple[str, ...] = ("llama-3.1-8b/8x32768", "qwen2.5-7b/32x32768", "llama-3.1-8b/1x131072")
 
 
-FULL = Sizes(LARGE, batch=4, length=2048, decode_batches=(1, 32), prompt=1024, new=128, repeats=10)
-SMOKE = Sizes(SMALL, batch=2, length=64, decode_batches=(1, 2), prompt=32, new=8, repeats=2)
+FULL = Sizes(LARGE, batch=4, length=2048, served=preset("llama-3.1-8b"), prompt=2048, new=128, repeats=10)
+SMOKE = Sizes(SMALL, batch=2, length=64, served=SMALL, prompt=32, new=8, repeats=2)
 
 
 def check_forward() -> dict[str, Any]:
@@ -121,26 +115,41 @@ def time_kernel(sizes: Sizes) -> dict[str, Any]:
     """`decode_attention` against XLA's form of it on the same cache: seconds, bytes of cache read per second, ratio."""
     rows = {}
     for name in sizes.kernels:
-        shape = DECODE_SHAPES[name] if sizes.model is LARGE else DecodeShape(2, 8, 2, 256, 64)
+        shape = DECODE_SHAPES[name] if sizes.trained is LARGE else DecodeShape(2, 8, 2, 256, 64)
         q, k, v, lengths = _decode_inputs(shape.B, shape.H, shape.K, shape.S, shape.d, "bfloat16")
         seconds = {}
         for impl in (None, "xla"):
             run = jax.jit(lambda q, k, v, n, impl=impl: decode_attention(q, k, v, lengths=n, scale=0.1, impl=impl).out)
-            times = []
-            for _ in range(sizes.repeats + 2):
-                begun = time.perf_counter()
-                run(q, k, v, lengths).block_until_ready()
-                times.append(time.perf_counter() - begun)
-            seconds[impl or "chosen"] = float(np.median(times[2:]))
+            seconds[impl or "chosen"] = median_seconds(run, (q, k, v, lengths), sizes.repeats)
+        if jax.default_backend() == "gpu":
+            seconds["cudnn"] = median_seconds(jax.jit(_cudnn), (q, k, v, lengths), sizes.repeats)
         read = 4 * shape.K * shape.d * int(lengths.sum())
         ratio = seconds["xla"] / seconds["chosen"]
         rows[name] = {"seconds": seconds, "bytes_per_second": read / seconds["chosen"], "faster_than_xla": ratio}
     return rows
 
 
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Attention of one query by cuDNN, which takes keys as [B S K d]."""
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    return jax.nn.dot_product_attention(
+        q[:, None], k, v, scale=0.1, key_value_seq_lengths=lengths, implementation="cudnn"
+    )  # fmt: skip
+
+
+def median_seconds(run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> float:
+    """Of a call that donates nothing, after two that warm it up."""
+    times = []
+    for _ in range(repeats + 2):
+        begun = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times[2:]))
+
+
 def time_training(sizes: Sizes) -> dict[str, Any]:
     """Seconds of a training step, tokens per second, and the share of the peak that model FLOPs make up."""
-    config = sizes.model
+    config = sizes.trained
     optimizer = make_optimizer(OptimizerConfig(warmup=1), steps=1000)
     step, state = make_step(NextTokenLoss(config), optimizer), init_state(init(config, jax.random.key(0)), optimizer)
     shape = (sizes.batch, sizes.length + 1)
@@ -154,66 +163,54 @@ def time_training(sizes: Sizes) -> dict[str, Any]:
     seconds = float(np.median(times[2:]))
     flops = train_flops(config, batch=sizes.batch, length=sizes.length)
     return {
-        "seconds": seconds,
-        "tokens_per_second": sizes.batch * sizes.length / seconds,
-        "flops_per_step": flops,
-        "flops_per_second": flops / seconds,
-        "mfu": mfu(flops / seconds, jax.devices()[:1], config.dtype),
+        "parameters": parameter_count(config), "batch": sizes.batch, "length": sizes.length, "seconds": seconds,
+        "tokens_per_second": sizes.batch * sizes.length / seconds, "flops_per_step": flops,
+        "flops_per_second": flops / seconds, "mfu": mfu(flops / seconds, jax.devices()[:1], config.dtype),
         "compile_seconds": times[0] - seconds,
-    }
+        "predicted_seconds": predicted(programs.train_step(config, _mesh(), batch=sizes.batch, length=sizes.length,
+                                                           optimizer=OptimizerConfig(warmup=1))),
+    }  # fmt: skip
 
 
 def time_generation(sizes: Sizes, batch: int) -> dict[str, Any]:
     """Tokens per second of prefill and decoding, parameters in bfloat16; bytes of weights read per second."""
-    config = dataclasses.replace(sizes.model, param_dtype="bfloat16", dtype="bfloat16")
-    params = init(config, jax.random.key(0))
+    config = dataclasses.replace(sizes.served, param_dtype="bfloat16", dtype="bfloat16")
+    params = jax.jit(lambda: init(config, jax.random.key(0)))()
     speed = measure_speed(config, params, batch=batch, prompt=sizes.prompt, new=sizes.new, repeats=sizes.repeats)
     read = (parameter_bytes(config) - 2 * config.vocab * config.width) * speed.decode / batch
+    step = programs.decode_step(config, _mesh(), batch=batch, length=sizes.prompt + sizes.new)
     return {
-        "batch": batch, "prompt": sizes.prompt, "new": sizes.new, "prefill_tokens_per_second": speed.prefill,
-        "decode_tokens_per_second": speed.decode, "weight_bytes_per_second": read,
+        "parameters": parameter_count(config), "batch": batch, "prompt": sizes.prompt, "new": sizes.new,
+        "prefill_tokens_per_second": speed.prefill, "decode_tokens_per_second": speed.decode,
+        "weight_bytes_per_second": read, "decode_step_seconds": batch / speed.decode,
+        "predicted_seconds": predicted(step),
     }  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    """Run all parts; 1 when a check or a part fails, 2 where there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on any platform, nothing is written")
-    smoke = parser.parse_args(argv).smoke
-    platform = jax.devices()[0].platform
-    if platform != "gpu" and not smoke:
-        print(f"error: no GPU here, jax sees {platform!r}: install jax[cuda13], or try --smoke.", file=sys.stderr)
-        return 2
-    runtime.enable_compilation_cache()
-    sizes = SMOKE if smoke else FULL
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "forward equals the CPU's": check_forward,
-        "decoding equals whole forwards": check_decode,
-        "decode_attention equals its reference": check_kernel,
-        "decode_attention": lambda: time_kernel(sizes),
-        "training step": lambda: time_training(sizes),
-        **{f"generation, batch {b}": lambda b=b: time_generation(sizes, b) for b in sizes.decode_batches},
-    }
-    result: dict[str, Any] = {
-        "environment": runtime.environment(),
-        "model": dataclasses.asdict(sizes.model) | {"parameters": parameter_count(sizes.model)},
-        "training": {"batch": sizes.batch, "length": sizes.length},
-        "parts": {},
-    }
-    failed = 0
-    for name, part in parts.items():
-        try:
-            found = part()
-        except Exception as error:  # a part that fails must not take the others' figures with it
-            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-        failed += not found.get("ok", True)
-        result["parts"][name] = found
-        print(f"{name}: {json.dumps(found)}", flush=True)
-        if not smoke:
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            write_json(RESULTS, result)
-    return 1 if failed else 0
+def _mesh() -> jax.sharding.Mesh:
+    """One device: the accelerator or, without one, a described one to compile for."""
+    if jax.default_backend() == "gpu":
+        return make_mesh(devices=jax.devices()[:1])
+    return aot.cluster("h200:1x1")
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def predicted(program: programs.Program) -> float | None:
+    """Seconds that the replay gives a program; None for a card whose rates are not known."""
+    kind = jax.devices()[0].device_kind if jax.default_backend() == "gpu" else "NVIDIA H200"
+    chip = next((name for name in PROFILES if name.upper() in kind.upper()), None)
+    if chip is None:
+        return None
+    return replay(program.compile().text, PROFILES[chip], gpus_per_host=1).seconds
+
+
+Part = Callable[[Sizes], dict[str, Any]]
+# By name: what is run, and the seconds after which it is stopped, of all 520.
+PARTS: dict[str, tuple[Part, int]] = {
+    "forward": (lambda sizes: check_forward(), 40),
+    "decoding": (lambda sizes: check_decode(), 50),
+    "decode_attention": (lambda sizes: check_kernel(), 40),
+    "decode_attention_speed": (time_kernel, 80),
+    "training": (time_training, 110),
+    "generation_1": (lambda sizes: time_generation(sizes, 1), 100),
+    "generation_32": (lambda sizes: time_generation(sizes, 32), 100),
+}

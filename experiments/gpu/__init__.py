@@ -1,0 +1,1 @@
+"""Every check and benchmark that needs a GPU, in one call."""
