@@ -112,8 +112,8 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {about['model']} | {about['gpus']} | {about['weights']} | {' | '.join(map(cell, group))} |")
     return "\n".join([
         *lines, "",
-        "Another model, mesh, length or option: `python -m jaxfw.audit --help`. What does not fit is refused there with "
-        "changes that do.", "",
+        "Another model, mesh, length or option: `python -m jaxfw.audit --help`. What does not fit is refused there, "
+        "with changes that do.", "",
     ])  # fmt: skip
 
 

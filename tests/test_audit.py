@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -207,6 +209,16 @@ def test_what_cannot_be_compiled_is_named(capsys, words, message):
     assert main(words) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+@needs_compiler
+def test_the_page_on_it_runs():
+    page = (Path(__file__).parents[1] / "docs" / "audit.md").read_text(encoding="utf-8")
+    held: dict = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S)), held)
+    assert held["timeline"].seconds > 0 and held["compiled"].bytes.total > 0
+    for line in re.findall(r"^python -m jaxfw\.audit (.*)$", page, flags=re.M):
+        assert request_of(parser().parse_args(line.split())).target.startswith("h200:")
 
 
 def test_a_missing_plugin_is_told_with_how_to_get_it(capsys, monkeypatch):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import h200
+from jaxfw.audit import programs
 from jaxfw.core import aot, hlo
 from jaxfw.models.presets import preset
 from jaxfw.ops.attention import attend
@@ -20,7 +21,7 @@ CACHE_OF_A_LAYER = B * S * CONFIG.head_dim * 2  # bytes of the keys of one of ei
 
 @functools.cache
 def decode_step():
-    return h200.compile_decode(CONFIG, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=S)
+    return programs.decode_step(CONFIG, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=S).compile()
 
 
 @pytest.mark.slow
@@ -48,14 +49,15 @@ def test_a_device_holds_its_share_of_a_decode_step():
     held = decode_step().bytes
     cache = 2 * CONFIG.layers * CACHE_OF_A_LAYER
     matrices = (
-        sum(x.size * 2 for x in jax.tree.leaves(h200.placed_params(CONFIG, aot.cluster("h200:1x1x8", tensor=8)))) / 8
+        sum(x.size * 2 for x in jax.tree.leaves(programs.placed_params(CONFIG, aot.cluster("h200:1x1x8", tensor=8))))
+        / 8
     )
     assert cache + matrices <= held.arguments < 1.01 * (cache + matrices)
     assert held.temporaries + held.outputs < CACHE_OF_A_LAYER
 
 
 def test_the_prefill_of_a_layer_calls_cudnn():
-    compiled = h200.compile_prefill_layer(CONFIG, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=4096)
+    compiled = programs.prefill_layer(CONFIG, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=4096).compile()
     calls = hlo.custom_calls(compiled.text)
     assert calls["__cudnn$fmhaSoftmax"] == 1 and "__gpu$xla.gpu.triton" not in calls
     assert {found.kind for found in hlo.collectives(compiled.text)} == {"all-reduce"}
@@ -76,7 +78,7 @@ def test_prompts_take_cudnn_forth_and_back_only_where_it_can(dtype, d, calls):
 def test_key_heads_that_do_not_divide_leave_queries_with_them():
     """4 key heads on 8 devices: cuDNN wants queries, keys and values laid out alike."""
     config = dataclasses.replace(CONFIG, kv_heads=4)
-    compiled = h200.compile_prefill_layer(config, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=1024)
+    compiled = programs.prefill_layer(config, aot.cluster("h200:1x1x8", tensor=8), batch=B, length=1024).compile()
     assert hlo.custom_calls(compiled.text)["__cudnn$fmhaSoftmax"] == 1
 
 
