@@ -29,20 +29,22 @@ def get_config(arg: str = "") -> ConfigDict:
     c.init = ""  # the workdir of the stage before
     c.period = by_stage((6, 32), (6, 64), (6, 256))  # tokens of a repeated segment
 
+    c.least_distinct = by_stage(0, 0, 4)  # different tokens in it, few as often as many; 0 asks nothing
+
     c.rows = ConfigDict()  # shares of the rows of a batch
     c.rows.lessons = by_stage(0.05, 0.8, 0.8)
-    c.rows.repeated = by_stage(0.9, 0.08, 0.05)
-    c.rows.english = by_stage(0.05, 0.12, 0.15)
+    c.rows.repeated = by_stage(0.9, 0.08, 0.1)
+    c.rows.english = by_stage(0.05, 0.12, 0.1)
 
     c.lessons = ConfigDict()  # shares of the documents
-    c.lessons.statements = 0.15
-    c.lessons.facts = 0.2
-    c.lessons.composition = 0.12
-    c.lessons.arithmetic = 0.12
-    c.lessons.code = 0.18
-    c.lessons.safety = 0.03
-    c.lessons.retrieval = 0.08
-    c.lessons.long_output = 0.12
+    c.lessons.statements = by_stage(0.15, 0.15, 0.08)
+    c.lessons.facts = by_stage(0.2, 0.2, 0.1)
+    c.lessons.composition = by_stage(0.12, 0.12, 0.1)
+    c.lessons.arithmetic = by_stage(0.12, 0.12, 0.08)
+    c.lessons.code = by_stage(0.18, 0.18, 0.22)
+    c.lessons.safety = by_stage(0.03, 0.03, 0.02)
+    c.lessons.retrieval = by_stage(0.08, 0.08, 0.22)
+    c.lessons.long_output = by_stage(0.12, 0.12, 0.14)
     c.lessons.rule = 0.04
 
     c.model = ConfigDict()

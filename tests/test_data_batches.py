@@ -293,6 +293,7 @@ WRONG = {
     "one weight": (lambda: Procedural(Faulty(([1, 2], [1.0])), 1, 4)(1), "one each"),
     "one token to repeat": (lambda: Repeated(1), "vocab_size=1"),
     "periods": (lambda: Repeated(9, (4, 2)), r"period=\(4, 2\)"),
+    "too few different": (lambda: Repeated(9, least_distinct=1), "least_distinct=1 must be from 2 to vocab_size=9"),
     "said once": (lambda: Repeated(9, times=1), "times=1"),
 }  # fmt: skip
 

@@ -93,13 +93,15 @@ class LessonShares:
 class EmbeddedConfig:
     """A stage: from the workdir or model directory `init`, or from nothing.
 
-    `period` is the least and the largest number of tokens that a repeated segment has.
+    `period` is the least and the largest number of tokens that a repeated segment has, `least_distinct` how many
+    different ones at least (0: nothing is asked).
     """
 
     experiment: str
     seed: int
     init: str
     period: tuple[int, int]
+    least_distinct: int
     rows: RowShares
     lessons: LessonShares
     model: DecoderConfig
@@ -184,10 +186,11 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
     size, length = c.train.batch, c.train.length
     lessons = Lessons(tokenizer, dataclasses.asdict(c.lessons), length)
     read = [text for i, text in enumerate(stdlib_docstrings()) if i % HELD_OUT]
+    repeated = Repeated(tokenizer.vocab_size, c.period, least_distinct=c.least_distinct or None)
     english = Corpus.of(encode_documents(read, tokenizer), vocab_size=tokenizer.vocab_size)
     sources = {
         "lessons": Procedural(lessons, size, length, c.seed),
-        "repeated": Procedural(Repeated(tokenizer.vocab_size, c.period), size, length, c.seed),
+        "repeated": Procedural(repeated, size, length, c.seed),
         "english": Packed(english, size, length, c.seed),
     }
     shares = dataclasses.asdict(c.rows)

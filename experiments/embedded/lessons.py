@@ -8,13 +8,15 @@ import numpy as np
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Float, Int
 from jaxfw.data import Tokenizer, stdlib_docstrings
-from jaxfw.evals import TASKS, Item, draw, world
+from jaxfw.evals import TASKS, Item, draw, side, world
 from jaxfw.evals.tasks.knowledge import FAME, PERSONAL, statement
+from jaxfw.evals.tasks.retrieval import same_context
 
 STATEMENTS = "statements"
 PROMPT_WEIGHT = 0.1  # of tokens that are read rather than answered
 SOLO = 0.7  # of the items stand without shots
 MOST_SHOTS = 4
+MOST_QUESTIONS = 7  # about one context, beyond the first
 EASE = 0.6  # each level is drawn so many times as often as the easier one before it
 VOCABULARY_ITEMS = 400  # of each task at each level, from which the tokenizer learns its words
 
@@ -70,12 +72,23 @@ def ease(levels: int) -> Float[np.ndarray, "levels"]:
 
 
 def solved(rng: np.random.Generator, name: str) -> list[Piece]:
-    """An item behind shots of its own level, or none, all with their answers."""
+    """An item behind shots of its own level, or none, all with their answers; of retrieval, with more questions."""
     task = TASKS[name]
     level = int(rng.choice(task.levels, p=ease(len(task.levels))))
     count = 0 if rng.random() < SOLO else int(rng.integers(1, MOST_SHOTS + 1))
     found: list[Item] = [draw(task, rng, level, "train") for _ in range(1 + count)]
+    if name == "retrieval" and not count:
+        found += [dataclasses.replace(item, context="") for item in _others(rng, found[0])]
     return [piece for item in found for piece in ((item.prompt, PROMPT_WEIGHT), (item.target, 1.0))]
+
+
+def _others(rng: np.random.Generator, item: Item) -> list[Item]:
+    """Some more questions about what an item of retrieval shows: a long context that is read for one answer teaches
+    little.
+    """
+    more = [other for other in same_context(item) if other != item and side(other.identity) == "train"]
+    chosen = rng.permutation(len(more))[:MOST_QUESTIONS]
+    return [more[i] for i in chosen.tolist()]
 
 
 def known_person(rng: np.random.Generator) -> list[Piece]:

@@ -83,7 +83,9 @@ class Repeated:
     """A random segment said again and again: what a model must look up in what it has read (induction).
 
     The segment's length is drawn from `period` (least, most), and it is said `times` times. Nothing tells its first
-    saying beforehand: only repetitions are trained on.
+    saying beforehand: only repetitions are trained on. With `least_distinct`, it is made of so many different tokens or
+    more, few as often as many: where few come up often, the one before does not tell which comes next, the last three
+    do.
 
     >>> tokens, weights = Repeated(vocab_size=100, period=(3, 3))(np.random.default_rng(0))
     >>> tokens.tolist(), weights.tolist()
@@ -93,16 +95,24 @@ class Repeated:
     vocab_size: int
     period: tuple[int, int] = (8, 32)
     times: int = 2
+    least_distinct: int | None = None
 
     def __post_init__(self):
         if self.vocab_size < 2:
             raise InputError(f"vocab_size={self.vocab_size} must be at least 2: one token needs no looking up.")
         if not 1 <= self.period[0] <= self.period[1]:
             raise InputError(f"period={self.period} must be (least, most) with 1 <= least <= most.")
+        if self.least_distinct is not None and not 2 <= self.least_distinct <= self.vocab_size:
+            raise InputError(f"least_distinct={self.least_distinct} must be from 2 to vocab_size={self.vocab_size}.")
         if self.times < 2:
             raise InputError(f"times={self.times} must be at least 2: what is said once is not repeated.")
 
     def __call__(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Float[np.ndarray, "T"]]:
         period = int(rng.integers(self.period[0], self.period[1] + 1))
-        tokens = np.tile(rng.integers(0, self.vocab_size, period), self.times)
+        if self.least_distinct is None:
+            segment = rng.integers(0, self.vocab_size, period)
+        else:
+            count = int(np.exp(rng.uniform(np.log(self.least_distinct), np.log(self.vocab_size))))
+            segment = rng.choice(rng.integers(0, self.vocab_size, count), period)
+        tokens = np.tile(segment, self.times)
         return tokens, (np.arange(len(tokens)) >= period).astype(np.float32)

@@ -5,19 +5,21 @@ import dataclasses
 import numpy as np
 
 from jaxfw.evals.items import Item
+from jaxfw.evals.tasks.safety import LIVING, THINGS
 
 DIGITS = 3
-WORDS = (
+NAMES = (
     "amber", "basil", "cedar", "delta", "ember", "fable", "grove", "hazel", "ivory", "jolly", "kayak", "lemon", "maple",
     "noble", "olive", "pearl", "quilt", "raven", "silver", "tulip", "umber", "velvet", "walnut", "yarrow", "zephyr",
+    *THINGS, *LIVING,
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """`level` sentences that give a number to a name of two words; where the one asked for stands is drawn evenly.
+    """`level` sentences that give a number to a name; where the one asked for stands is drawn evenly.
 
-    The working is the sentence again. The names are never known before, and what is held out is the name with its
+    The working is the sentence again. The numbers are drawn anew each time, and what is held out is the name with its
     number.
     """
 
@@ -26,16 +28,24 @@ class Retrieval:
     standard: int = 16
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
-        chosen = rng.choice(len(WORDS) ** 2, size=level, replace=False)
-        names = [f"{WORDS[i // len(WORDS)]} {WORDS[i % len(WORDS)]}" for i in chosen.tolist()]
+        names = rng.choice(np.array(NAMES), size=level, replace=False).tolist()
         numbers = ["".join(str(d) for d in rng.integers(0, 10, DIGITS)) for _ in names]
-        sentences = [f"The code of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
-        asked = int(rng.integers(level))
-        return Item(
-            identity=f"retrieval {names[asked]} {numbers[asked]}",
-            level=level,
-            context="".join(f"{sentence}\n" for sentence in sentences),
-            question=f"What is the code of {names[asked]}?",
-            answer=numbers[asked],
-            working=sentences[asked],
+        return _items(names, numbers)[int(rng.integers(level))]
+
+
+def same_context(item: Item) -> list[Item]:
+    """The questions about every sentence that an item of this task shows, in their order."""
+    said = [line.removesuffix(".").split(" ") for line in item.context.splitlines()]
+    return _items([words[3] for words in said], [words[5] for words in said])
+
+
+def _items(names: list[str], numbers: list[str]) -> list[Item]:
+    sentences = [f"The code of {name} is {number}." for name, number in zip(names, numbers, strict=True)]
+    context = "".join(f"{sentence}\n" for sentence in sentences)
+    return [
+        Item(
+            identity=f"retrieval {name} {number}", level=len(names), context=context,
+            question=f"What is the code of {name}?", answer=number, working=sentence,
         )
+        for name, number, sentence in zip(names, numbers, sentences, strict=True)
+    ]  # fmt: skip
