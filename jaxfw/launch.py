@@ -17,7 +17,6 @@ import difflib
 import importlib.util
 import json
 import os
-import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxfw.core import runtime
 from jaxfw.core.command import FAILED, INTERRUPTED, OK, UNUSABLE, say_error
 from jaxfw.core.config import check_override, to_plain
+from jaxfw.core.config_file import load_config
 from jaxfw.core.distributed import FLAGS, barrier, current, finish, join_by_flags
 from jaxfw.core.errors import InputError, Preempted, RunError, unknown
 from jaxfw.core.lost import lost, say_host
@@ -100,31 +100,6 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     if stray:
         raise InputError(f"{stray[0]!r} is not a flag: options are written --name=value. See --help.")
     return config, options
-
-
-def load_config(spec: str) -> ConfigDict:
-    """The config of `FILE` or `FILE:mini-arguments`.
-
-    Raises:
-        InputError: no such file, no `get_config` in it, or mini-arguments that it does not know.
-    """
-    name, _, arg = spec.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        known = sorted(str(file) for file in path.parent.glob("*.py"))
-        if not known:
-            raise InputError(f"--config={name} does not exist in {Path.cwd()}: run from the root of a checkout.")
-        raise unknown("--config: file", name, known)
-    try:
-        get_config = runpy.run_path(name)["get_config"]
-        return get_config(arg)
-    except InputError:
-        raise
-    except Exception as error:  # a config file is a program: it can raise anything
-        raise InputError(
-            f"--config={name} is no config file with get_config(arg=''): {type(error).__name__}: {error}. "
-            "--traceback shows where."
-        ) from error
 
 
 def _experiment(config: ConfigDict) -> ModuleType:

@@ -20,10 +20,11 @@ FLOORS = (
     ("jaxfw.train",),
     ("jaxfw.report",),
     ("jaxfw.evals",),
+    ("jaxfw.audit",),
     ("jaxfw.fed", "jaxfw.merge", "jaxfw.kv", "jaxfw.moe", "jaxfw.sim", "jaxfw.edit", "jaxfw.wan", "jaxfw.nas"),
     ("jaxfw.fuse", "jaxfw.offload"),  # sideways: fuse -> fed, offload -> moe
     ("jaxfw",),  # its table of contents, in __init__
-    ("jaxfw.launch", "jaxfw.audit", "experiments", "configs"),
+    ("jaxfw.launch", "experiments", "configs"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 LONGEST = 500
@@ -79,7 +80,7 @@ def test_imports_go_down():
 
 
 def test_doors_are_not_imported():
-    doors = ("jaxfw.launch", "jaxfw.audit", "configs")
+    doors = ("jaxfw.launch", "configs")
     wrong = [(m, t) for m, path in MODULES.items() for t in imports(path) if place(t) in doors and place(m) != place(t)]
     assert not wrong
 
@@ -161,13 +162,13 @@ assert not heavy, heavy
 
 
 def test_a_launch_imports_only_what_it_uses(tmp_path):
-    systems = [name for names in FLOORS[10:12] for name in names]
+    systems = [name for names in FLOORS[12:14] for name in names]
     out = run(f"""
 import sys
 from jaxfw.launch import main
 code = main(["launch", "--config=configs/quickstart.py:smoke", "--workdir={tmp_path}"])
 ours = [name for name in sys.modules if name.split(".")[0] in ("jaxfw", "pallas_kernels", "configs", "experiments")]
-assert len(ours) <= 130, len(ours)
+assert len(ours) <= 150, len(ours)
 used = [name for name in ours if any(name == s or name.startswith(s + ".") for s in {systems!r})]
 assert not used, used
 print("exit", code)

@@ -28,6 +28,7 @@ from jaxfw.audit.remedies import check_fits
 from jaxfw.core import runtime
 from jaxfw.core.command import OK, Parser, run_command
 from jaxfw.core.config import to_dataclass
+from jaxfw.core.config_file import load_config
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.workdir import write_json
 from jaxfw.models import DecoderConfig
@@ -92,8 +93,6 @@ def _typed(name: str, value: str) -> Any:
 
 
 def _from_config(spec: str) -> dict[str, Any]:
-    from jaxfw.launch import load_config
-
     config = load_config(spec)
     given: dict[str, Any] = {"program": "train"}
     model = config.get("model")

@@ -8,12 +8,13 @@ from jaxfw.evals.items import Item
 
 DIGITS = 3
 NAMES = (
-    "amber", "basil", "cedar", "delta", "ember", "fable", "grove", "hazel", "ivory", "jolly", "kayak", "lemon", "maple",
-    "noble", "olive", "pearl", "quilt", "raven", "silver", "tulip", "umber", "velvet", "walnut", "yarrow", "zephyr",
-    "cello", "drum", "flute", "harp", "horn", "lute", "piano", "violin", "baker", "cook", "farmer", "judge", "miner",
-    "nurse", "pilot", "sailor", "smith", "tailor", "teacher", "painter", "class", "file", "header", "keyword",
-    "message", "method", "module", "object", "option", "order", "path", "server", "socket", "string", "thread", "token", "tree",
-    "tuple", "version", "week", "widget", "hour", "test", "text", "type", "user", "line", "list",
+    "amber", "basil", "cedar", "delta", "ember", "fable", "grove", "hazel", "ivory", "jolly", "kayak", "lemon",
+    "maple", "noble", "olive", "pearl", "quilt", "raven", "silver", "tulip", "umber", "velvet", "walnut", "yarrow",
+    "zephyr", "cello", "drum", "flute", "harp", "horn", "lute", "piano", "violin", "baker", "cook", "farmer", "judge",
+    "miner", "nurse", "pilot", "sailor", "smith", "tailor", "teacher", "painter", "class", "file", "header",
+    "keyword", "message", "method", "module", "object", "option", "order", "path", "server", "socket", "string",
+    "thread", "token", "tree", "tuple", "version", "week", "widget", "hour", "test", "text", "type", "user", "line",
+    "list",
 )  # fmt: skip
 
 
