@@ -93,6 +93,31 @@ def test_arrays_of_this_machine_and_static_arguments_serve_as_arguments(mesh):
 
 
 @needs_compiler
+def test_streams_are_those_of_the_compiler(mesh):
+    """By default all that runs beside kernels shares one; with more, collectives of two links do not."""
+
+    def f(x, w):
+        y = jax.lax.all_gather(x, "tensor", axis=0, tiled=True) @ w
+        z = jax.lax.all_gather(x * 2, "data", axis=0, tiled=True) @ w
+        return jnp.tanh(y).sum(0) + jnp.tanh(z).sum(0)
+
+    spec = PartitionSpec(("data", "tensor"))
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)
+    arrays = array(mesh, (4096, 4096), ("data", "tensor")), array(mesh, (4096, 4096))
+    options = {
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+        "xla_gpu_experimental_enable_collective_multi_streaming": True,
+    }
+    plain, several = (
+        aot.compile(mapped, *arrays, mesh=mesh, compiler_options=given, dump_streams=True) for given in ({}, options)
+    )
+    assert len(set(plain.streams.values())) <= 1 and plain.ptx == ()
+    assert len(set(several.streams.values())) == 2
+    started = {collective.instruction.name for collective in hlo.collectives(several.text)}
+    assert set(several.streams) <= started
+
+
+@needs_compiler
 def test_the_compilers_options_are_passed_on(mesh):
     with pytest.raises(Exception, match="No such compile option: 'xla_gpu_nonsense'"):
         aot.compile(jnp.tanh, array(mesh, (4, 4)), mesh=mesh, compiler_options={"xla_gpu_nonsense": True})
@@ -104,10 +129,10 @@ def test_the_compilers_options_are_passed_on(mesh):
 @pytest.mark.parametrize(
     ("target", "axes", "message"),
     [
-        ("h20:1x1x8", {}, r"target chip='h20' is unknown\. Known: h200\. Did you mean 'h200'\?"),
-        ("h200", {}, r"'h200' must be chip:SLICESxHOSTSxGPUS, as in h200:1x1x8"),
-        ("h200:8", {}, r"'h200:8' must be chip:SLICESxHOSTSxGPUS"),
-        ("h200:1x0x8", {}, r"'h200:1x0x8' must be chip:SLICESxHOSTSxGPUS"),
+        ("h20:1x1x8", {}, r"target chip='h20' is unknown\. Known: h200, h100, a100\. Did you mean 'h200'\?"),
+        ("h200", {}, r"'h200' must be chip:HOSTSxGPUS, as in h200:1x8"),
+        ("h200:8", {}, r"'h200:8' must be chip:HOSTSxGPUS"),
+        ("h200:1x0x8", {}, r"'h200:1x0x8' must be chip:HOSTSxGPUS"),
     ],
 )
 def test_targets_that_are_wrong_are_named(target, axes, message):

@@ -100,6 +100,8 @@ PROGRAMS = [
     ("two links", [start("c", "p", INTRA), start("f", "p", INTER), done("e", "c"), done("g", "f")], {}, 4),
     ("two links on one stream", [start("c", "p", INTRA), start("f", "p", INTER), done("e", "c"), done("g", "f")],
      {"streams": "one"}, 8),
+    ("streams as they are named", [start("c", "p", INTRA), start("f", "p", INTRA), start("g", "p", INTER)],
+     {"streams": {"c": "0", "f": "1", "g": "1"}}, 8),
     ("one link twice", [start("c", "p", INTRA), start("f", "p", INTRA), done("e", "c"), done("g", "f")], {}, 8),
     ("nobody waits for the last one", [kernel("k"), start("c", "p", INTRA)], {}, 20),
     ("a loop of known length", [WHILE + KNOWN], {"more": LOOP}, 5 * (4 + 16)),
@@ -120,18 +122,18 @@ PROGRAMS = [
 
 @pytest.mark.parametrize("name, entry, options, seconds", PROGRAMS, ids=[row[0] for row in PROGRAMS])
 def test_makespans_worked_out_by_hand(name, entry, options, seconds):
-    options = dict(options)
+    options = {"streams": "link"} | dict(options)
     text = module(*entry, more=options.pop("more", ""))
     assert replay(text, SLOW, gpus_per_host=2, **options).seconds == pytest.approx(seconds)
 
 
 def test_only_products_and_other_links_hide_a_collective():
-    timeline = replay(module(*HIDDEN), SLOW, gpus_per_host=2)
+    timeline = replay(module(*HIDDEN), SLOW, gpus_per_host=2, streams="link")
     assert timeline.hidden() == 0 and timeline.hidden("intra") == 0
-    timeline = replay(module(*HIDDEN_BY_A_PRODUCT), SLOW, gpus_per_host=2)
+    timeline = replay(module(*HIDDEN_BY_A_PRODUCT), SLOW, gpus_per_host=2, streams="link")
     assert timeline.hidden() == 1
     both = [start("c", "p", INTRA), start("f", "p", INTER), done("e", "c"), done("g", "f")]
-    assert replay(module(*both), SLOW, gpus_per_host=2).hidden("inter") == 1
+    assert replay(module(*both), SLOW, gpus_per_host=2, streams="link").hidden("inter") == 1
     assert replay(module(*both), SLOW, gpus_per_host=2, streams="one").hidden() == 0
     (span,) = [span for span in timeline.spans if span.kind == "collective"]
     assert [other.name for other in timeline.during(span)] == ["d"]

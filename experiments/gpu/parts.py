@@ -200,7 +200,8 @@ def predicted(program: programs.Program) -> float | None:
     chip = next((name for name in PROFILES if name.upper() in kind.upper()), None)
     if chip is None:
         return None
-    return replay(program.compile().text, PROFILES[chip], gpus_per_host=1).seconds
+    compiled = program.compile()
+    return replay(compiled.text, PROFILES[chip], gpus_per_host=1, streams=compiled.streams).seconds
 
 
 Part = Callable[[Sizes], dict[str, Any]]

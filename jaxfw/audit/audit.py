@@ -10,7 +10,7 @@ import jax
 from jaxfw.audit import programs
 from jaxfw.audit.account import Account, account
 from jaxfw.audit.options import parse_options
-from jaxfw.audit.traffic import Flow, Overlap, flows, kernels, overlaps
+from jaxfw.audit.traffic import Flow, Overlap, flows, kernels, overlaps, sources
 from jaxfw.audit.warnings import compiler_log, replicated
 from jaxfw.core import aot
 from jaxfw.core.errors import InputError, unknown
@@ -116,6 +116,7 @@ class Audit:
     account: Account
     flows: list[Flow]
     kernels: dict[str, int]
+    sources: dict[tuple[str, str], int]
     timeline: Timeline | None
     overlaps: list[Overlap]
     replicated: list[str]
@@ -152,9 +153,11 @@ def audit(request: Request) -> Audit:
         raise InputError(f"--options: {error} in jax {jax.__version__}, whose XLA is newer or older.") from None
     seconds = time.perf_counter() - begun
     profile = PROFILES.get(chip)
-    timeline = None if profile is None else replay(compiled.text, profile, gpus_per_host=request.gpus_per_host)
+    timeline = None
+    if profile is not None:
+        timeline = replay(compiled.text, profile, gpus_per_host=request.gpus_per_host, streams=compiled.streams)
     return Audit(
         request, program.what, account(program, compiled, CHIPS[chip]), flows(compiled.text, program.mesh),
-        kernels(compiled.text), timeline, overlaps(compiled.text, timeline) if timeline else [], replicated(said),
+        kernels(compiled.text), sources(compiled.text), timeline, overlaps(compiled.text, timeline) if timeline else [], replicated(said),
         seconds,
     )  # fmt: skip

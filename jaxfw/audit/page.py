@@ -53,6 +53,10 @@ def page(found: Audit) -> dict[str, Any]:
             "all-to-all (n - 1)/n of it, of an all-reduce twice that.",
         ),
         Table("What does the work", ("kernel", "times"), tuple(found.kernels.items())),
+        Table(
+            "Which kernel each product and each attention got", ("kernel", "of", "times"),
+            tuple((*key, times) for key, times in found.sources.items()),
+        ),
     ]  # fmt: skip
     if found.replicated:
         sections.append(Text("Gathered whole, for want of a better way", "\n".join(found.replicated), mono=True))
@@ -85,7 +89,7 @@ def _timeline(found: Audit) -> list[Any]:
     return [
         Lanes(
             "Timeline (predicted)", tuple(bars), "ms",
-            note=f"Milliseconds. Kernels run in their order, collectives beside them on a stream for each link.{cut}",
+            note=f"Kernels run in their order, collectives beside them on the streams that XLA gives them.{cut}",
         ),
         Table(
             "What hides collectives (predicted)",

@@ -37,8 +37,8 @@ class Program:
     mesh: Mesh
 
     def compile(self, options: Mapping[str, Any] | None = None) -> aot.Compiled:
-        """For the devices of its mesh."""
-        return aot.compile(self.fn, *self.arguments, mesh=self.mesh, compiler_options=options)
+        """For the devices of its mesh, with the streams that it would use there."""
+        return aot.compile(self.fn, *self.arguments, mesh=self.mesh, compiler_options=options, dump_streams=True)
 
 
 def train_step(

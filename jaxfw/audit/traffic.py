@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,6 +16,9 @@ CALLS = {
     "__cudnn$fmha": "cuDNN attention",
     "__cublas": "cuBLAS",
 }
+
+
+OTHER = "other fusion"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +61,32 @@ def link_of(members: list[int], mesh: Mesh) -> str:
 
 def kernels(text: str) -> dict[str, int]:
     """What does the work: calls of kernels and libraries, products that XLA makes kernels of, and all other kernels."""
-    program, found = hlo.program(text), Counter[str]()
+    found: Counter[str] = Counter()
+    for name, _, times in _kernels(text):
+        found[name] += times
+    return dict(found.most_common())
+
+
+def sources(text: str) -> dict[tuple[str, str], int]:
+    """Of calls and products how often each runs, by kernel and by the part of the model that it comes from."""
+    found: Counter[tuple[str, str]] = Counter()
+    for name, source, times in _kernels(text):
+        if name != OTHER:
+            found[name, source or "-"] += times
+    return dict(found.most_common())
+
+
+def _kernels(text: str) -> Iterator[tuple[str, str, int]]:
+    program = hlo.program(text)
     fused = {name for i in hlo.instructions(text) if i.opcode == "fusion" for name in i.called.get("calls", ())}
     for i in hlo.instructions(text):
         if i.computation in fused:
             continue
         if i.target:
             name = next((name for start, name in CALLS.items() if i.target.startswith(start)), i.target)
-            found[name] += i.times
+            yield name, i.source, i.times
         elif i.opcode == "fusion":
-            found["product fused by XLA" if program.flops(i) else "other fusion"] += i.times
-    return dict(found.most_common())
+            yield "product fused by XLA" if program.flops(i) else OTHER, i.source, i.times
 
 
 @dataclasses.dataclass(frozen=True)

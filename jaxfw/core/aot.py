@@ -20,6 +20,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +35,8 @@ from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.mesh import make_mesh
 from jaxfw.core.targets import CHIPS
 
+_THUNK = re.compile(r'profile_annotation: "([^"]*)"\s*thunk_id: (\d+)')
+_STARTS = re.compile(r"^\s*0*(\d+): kAsyncStart .*\bstream=([^,\s]+)", flags=re.M)
 INSTALL = "pip install 'jaxfw[aot]'"
 
 
@@ -53,11 +56,15 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program compiled for a cluster: its scheduled HLO, memory per device, and PTX where it was asked for."""
+    """A program compiled for a cluster: its scheduled HLO, memory per device, and PTX where it was asked for.
+
+    `streams` is, of what runs beside the kernels, the stream that each instruction starts on, where it was asked for.
+    """
 
     text: str
     bytes: Bytes
     ptx: tuple[str, ...] = ()
+    streams: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def cluster(target: str, **axes: int) -> Mesh:
@@ -98,6 +105,7 @@ def compile(
     mesh: Mesh,
     compiler_options: Mapping[str, Any] | None = None,
     dump_ptx: bool = False,
+    dump_streams: bool = False,
 ) -> Compiled:
     """`fn` (a function, or a jitted one with its donations and static arguments) compiled for the devices of `mesh`.
 
@@ -110,15 +118,28 @@ def compile(
         lowered = jitted.lower(*jax.tree.map(functools.partial(_abstract, mesh), args))
     options = dict(compiler_options or {})
     with tempfile.TemporaryDirectory() as folder, _no_compilation_cache():
-        if dump_ptx:
-            options |= {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        if dump_ptx or dump_streams:
+            kinds = "|".join(["ptx"] * dump_ptx + ["thunk"] * dump_streams)
+            options |= {"xla_dump_to": folder, "xla_dump_emitter_re": kinds, "xla_dump_hlo_as_text": dump_streams}
         program = lowered.compile(compiler_options=options or None)
+        streams = _streams(Path(folder))
         ptx = tuple(path.read_text() for path in sorted(Path(folder).glob("*.ptx")) if path.stat().st_size)
     stats = program.memory_analysis()
     sizes = Bytes(
         stats.argument_size_in_bytes, stats.output_size_in_bytes - stats.alias_size_in_bytes, stats.temp_size_in_bytes
     )
-    return Compiled(program.as_text(), sizes, ptx)
+    return Compiled(program.as_text(), sizes, ptx if dump_ptx else (), streams)
+
+
+def _streams(folder: Path) -> dict[str, str]:
+    """Of instructions that start beside the kernels, the stream; from XLA's list of thunks and their names."""
+    found: dict[str, str] = {}
+    for path in folder.glob("*.thunk_sequence.txt"):
+        names = path.with_name(path.name.replace("thunk_sequence", "thunk_metadata"))
+        if names.exists():
+            ids = dict(reversed(pair) for pair in _THUNK.findall(names.read_text()))
+            found |= {ids[id_]: stream for id_, stream in _STARTS.findall(path.read_text()) if id_ in ids}
+    return found
 
 
 def missing() -> str | None:

@@ -1,11 +1,11 @@
 """A scheduled program played through a model of the machine: when what would run, and what hides what. Predicted.
 
-Kernels run one after another, as the program lists them; collectives run beside them, on a stream of their own or one a
-link, from where they start until their `-done` is waited for. A kernel takes the longer of its arithmetic and its
-memory traffic, a collective its latency and its bytes on the wire: `Profile` has the rates. Loops are played as often
-as the compiler knows them to run, of a conditional the branch that takes longest.
+Kernels run one after another, as the program lists them; collectives run beside them on streams of their own, from
+where they start until their `-done` is waited for. A kernel takes the longer of its arithmetic and its memory traffic,
+a collective its latency and its bytes on the wire: `Profile` has the rates. Loops are played as often as the compiler
+knows them to run, of a conditional the branch that takes longest.
 
-    timeline = replay(compiled.text, PROFILES["h200"], gpus_per_host=8)
+    timeline = replay(compiled.text, PROFILES["h200"], gpus_per_host=8, streams=compiled.streams)
     timeline.seconds, timeline.hidden("inter"), timeline.overlaps()
 """
 
@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from jaxfw.core import hlo
 from jaxfw.core.errors import InputError, unknown
 
-Streams = Literal["link", "one"]
+Streams = Literal["link", "one"] | Mapping[str, str]
 Kind = Literal["gemm", "kernel", "collective", "copy"]
 LINKS = ("inter", "intra", "host")
 
@@ -141,7 +141,7 @@ class Timeline:
 
 
 def replay(
-    text: str, profile: Profile, *, gpus_per_host: int, streams: Streams = "link", unknown_trips: int | None = None
+    text: str, profile: Profile, *, gpus_per_host: int, streams: Streams = "one", unknown_trips: int | None = None
 ) -> Timeline:
     """Play scheduled HLO, as `jaxfw.core.aot.Compiled.text` holds it.
 
@@ -149,14 +149,15 @@ def replay(
         text: the program.
         profile: the machine.
         gpus_per_host: devices i with equal i // gpus_per_host share a host.
-        streams: "link" lets collectives of different links run at once, "one" none.
+        streams: which collectives wait for each other: those of one stream, as `Compiled.streams` names them ("one"
+            where it names none); "link" lets those of different links run at once, "one" none.
         unknown_trips: how often loops run of which the compiler does not know it.
 
     Raises:
         InputError: collectives that do not start and end apart from each other, or an instruction that moves bytes and
             whose cost is not known: a figure without them would be wrong.
     """
-    if streams not in ("link", "one"):
+    if isinstance(streams, str) and streams not in ("link", "one"):
         raise unknown("streams", streams, ("link", "one"))
     if gpus_per_host < 1:
         raise InputError(f"gpus_per_host={gpus_per_host} must be at least 1.")
@@ -234,11 +235,16 @@ class _Player:
             else:
                 raise InputError(f"{moved.name} is {moved.opcode!r}, beside kernels at an unknown cost: add it here.")
             rate = self.profile.link(link)
-            stream = link if self.streams == "link" else "one"
+            stream = self._stream(i.name, link)
             begin = max(self.clock, self.free.get(stream, 0.0))
             seconds = rate.latency + wire / rate.bandwidth
             self.free[stream] = self.ends[i.name] = begin + seconds
             self._span(i, "copy" if kind == "copy" else "collective", link, begin, seconds, int(wire))
+
+    def _stream(self, name: str, link: str) -> str:
+        if isinstance(self.streams, str):
+            return link if self.streams == "link" else "one"
+        return self.streams.get(name, "one")
 
     def _wrapped(self, i: hlo.Instruction) -> Sequence[tuple[str, hlo.Instruction]]:
         """What an asynchronous instruction runs: itself, or the collectives in the computation that it wraps."""
