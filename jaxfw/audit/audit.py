@@ -158,6 +158,6 @@ def audit(request: Request) -> Audit:
         timeline = replay(compiled.text, profile, gpus_per_host=request.gpus_per_host, streams=compiled.streams)
     return Audit(
         request, program.what, account(program, compiled, CHIPS[chip]), flows(compiled.text, program.mesh),
-        kernels(compiled.text), sources(compiled.text), timeline, overlaps(compiled.text, timeline) if timeline else [], replicated(said),
-        seconds,
+        kernels(compiled.text), sources(compiled.text), timeline,
+        overlaps(compiled.text, timeline) if timeline else [], replicated(said), seconds,
     )  # fmt: skip
