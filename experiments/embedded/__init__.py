@@ -25,6 +25,7 @@ from jaxfw.data import (
     Packed,
     Prefetch,
     Procedural,
+    Recall,
     Repeated,
     Tokenizer,
     encode_documents,
@@ -71,6 +72,7 @@ class RowShares:
 
     lessons: float
     repeated: float
+    recall: float
     english: float
 
 
@@ -182,7 +184,7 @@ def fresh(config: DecoderConfig, key: Any) -> PyTree:
 
 
 def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
-    """Rows of lessons, repeated segments and English, by their shares."""
+    """Rows of lessons, repeated segments, keys with values and English, by their shares."""
     size, length = c.train.batch, c.train.length
     lessons = Lessons(tokenizer, dataclasses.asdict(c.lessons), length)
     read = [text for i, text in enumerate(stdlib_docstrings()) if i % HELD_OUT]
@@ -190,6 +192,7 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
     english = Corpus.of(encode_documents(read, tokenizer), vocab_size=tokenizer.vocab_size)
     sources = {
         "lessons": Procedural(lessons, size, length, c.seed),
+        "recall": Procedural(Recall(tokenizer.vocab_size, length - 1), size, length, c.seed),
         "repeated": Procedural(repeated, size, length, c.seed),
         "english": Packed(english, size, length, c.seed),
     }

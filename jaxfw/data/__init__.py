@@ -13,7 +13,7 @@ from jaxfw.data.encoding import encode_documents, prepare, read_corpus, vocabula
 from jaxfw.data.mixture import Mixture
 from jaxfw.data.packing import Packed
 from jaxfw.data.prefetch import Prefetch
-from jaxfw.data.procedural import Procedural, Repeated
+from jaxfw.data.procedural import Procedural, Recall, Repeated
 from jaxfw.data.text import stdlib_docstrings
 from jaxfw.data.token_file import open_tokens, verify_tokens, write_tokens
 from jaxfw.data.tokenizer import TextStream, Tokenizer, load_tokenizer, save_tokenizer, train_bpe
@@ -21,7 +21,7 @@ from jaxfw.data.turns import encode_chat
 
 __all__ = [
     "Batches", "Corpus", "Document", "Documents", "Mixture", "Packed", "Prefetch", "Procedural", "RandomWindows",
-    "Repeated", "TextStream", "Tokenizer", "Windows", "consecutive_windows", "encode_chat", "encode_documents",
+    "Recall", "Repeated", "TextStream", "Tokenizer", "Windows", "consecutive_windows", "encode_chat", "encode_documents",
     "find_documents", "load_tokenizer", "open_tokens", "prepare", "read_corpus", "save_tokenizer", "stdlib_docstrings",
     "train_bpe", "verify_tokens", "vocabulary_fingerprint", "write_tokens",
 ]  # fmt: skip

@@ -116,3 +116,53 @@ class Repeated:
             segment = rng.choice(rng.integers(0, self.vocab_size, count), period)
         tokens = np.tile(segment, self.times)
         return tokens, (np.arange(len(tokens)) >= period).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """Keys are given values, again and again, and asked for the last one: associative recall with many queries.
+
+    The layout of a document is one of random tokens: `prefix`, key, `gap`, value, the same each time; how many keys there
+    are, and how long each part is, is drawn for each document (least, most). Only values that are asked for are trained
+    on. A value does not stand behind its key, so that looking up the token before it tells nothing (Arora et al. 2023,
+    arXiv:2312.04927, whose pairs have no gap).
+    """
+
+    vocab_size: int
+    length: int
+    keys: tuple[int, int] = (2, 32)
+    prefix: tuple[int, int] = (0, 3)
+    gap: tuple[int, int] = (0, 3)
+    value: tuple[int, int] = (1, 3)
+    renewed: float = 0.3  # of the times that a known key comes up
+
+    def __post_init__(self):
+        for name, least in (("keys", 1), ("prefix", 0), ("gap", 0), ("value", 1)):
+            low, high = getattr(self, name)
+            if not least <= low <= high:
+                raise InputError(f"{name}=({low}, {high}) must be (least, most) with {least} <= least <= most.")
+        if not 0 <= self.renewed < 1:
+            raise InputError(f"renewed={self.renewed} must be from 0 to below 1: else nothing is asked for.")
+        if self.vocab_size < self.keys[1]:
+            raise InputError(f"vocab_size={self.vocab_size} must hold keys={self.keys[1]} different tokens.")
+        if self.length < 1:
+            raise InputError(f"length={self.length} must be at least 1.")
+
+    def __call__(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Float[np.ndarray, "T"]]:
+        def some(least: int, most: int) -> list[int]:
+            return rng.integers(0, self.vocab_size, rng.integers(least, most + 1)).tolist()
+
+        low, high = np.log(self.keys[0]), np.log(self.keys[1] + 1)
+        keys = rng.choice(self.vocab_size, size=int(np.exp(rng.uniform(low, high))), replace=False).tolist()
+        prefix, gap, size = some(*self.prefix), some(*self.gap), int(rng.integers(self.value[0], self.value[1] + 1))
+        held: dict[int, list[int]] = {}
+        tokens: list[int] = []
+        weights: list[float] = []
+        while len(tokens) < self.length:
+            key = keys[int(rng.integers(len(keys)))]
+            is_new = key not in held or rng.random() < self.renewed
+            if is_new:
+                held[key] = some(size, size)
+            tokens += [*prefix, key, *gap, *held[key]]
+            weights += [0.0] * (len(prefix) + 1 + len(gap)) + [float(not is_new)] * size
+        return np.array(tokens[: self.length], np.int32), np.array(weights[: self.length], np.float32)
