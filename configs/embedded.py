@@ -5,7 +5,8 @@
     ... and so on to stage 4
 
 Stage 1 repeats random segments, from which a model learns to look up what it has read; stage 2 has the lessons in rows
-of 256 tokens; stage 3 gives values to keys and asks for them, for those lessons that need it; stage 4 has rows of 1,024.
+of 256 tokens; stage 3 gives values to keys and asks for them, which some of the lessons need; stage 4 has rows of 1,024
+tokens.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxfw.core.config import changed_fields
 from jaxfw.core.errors import InputError
-from jaxfw.data import Corpus, Document, Mixture, Packed, Procedural, RandomWindows, Repeated, Windows
+from jaxfw.data import Corpus, Document, Mixture, Packed, Procedural, RandomWindows, Recall, Repeated, Windows
 from jaxfw.data.packing import best_fit
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
@@ -215,6 +215,21 @@ def test_repetitions_can_be_predicted_and_first_sayings_are_not_trained_on():
         assert trained[period:].all()
 
 
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 3), st.integers(1, 3))
+def test_recalled_values_are_the_last_of_their_keys(seed, keys, prefix, gap, size):
+    source = Recall(50, 60, keys=(keys, keys), prefix=(prefix,) * 2, gap=(gap,) * 2, value=(size,) * 2)
+    tokens, weights = source(np.random.default_rng(seed))
+    assert len(tokens) == len(weights) == 60
+    held, step = {}, prefix + 1 + gap + size
+    for begin in range(0, 60 - step + 1, step):
+        said, trained = tokens[begin : begin + step].tolist(), weights[begin : begin + step]
+        assert said[:prefix] == tokens[:prefix].tolist() and not trained[: step - size].any()
+        key, value = said[prefix], said[-size:]
+        assert not trained.any() or (trained[-size:].all() and held[key] == value)
+        held[key] = value
+    assert len(held) <= keys
+
+
 def test_every_row_of_every_step_is_made_anew():
     source = Procedural(Repeated(1000), 8, 30)
     assert len({row.tobytes() for step in range(1, 6) for row in source(step)["tokens"]}) == 40
@@ -294,6 +309,10 @@ WRONG = {
     "one token to repeat": (lambda: Repeated(1), "vocab_size=1"),
     "periods": (lambda: Repeated(9, (4, 2)), r"period=\(4, 2\)"),
     "too few different": (lambda: Repeated(9, least_distinct=1), "least_distinct=1 must be from 2 to vocab_size=9"),
+    "no key": (lambda: Recall(9, 9, keys=(0, 2)), r"keys=\(0, 2\) must be .* 1 <= least"),
+    "more keys than tokens": (lambda: Recall(9, 9, keys=(2, 12)), "vocab_size=9 must hold keys=12"),
+    "nothing asked for": (lambda: Recall(90, 9, renewed=1.0), "renewed=1.0 must be from 0 to below 1"),
+    "no length": (lambda: Recall(90, 0), "length=0 must be at least 1"),
     "said once": (lambda: Repeated(9, times=1), "times=1"),
 }  # fmt: skip
 

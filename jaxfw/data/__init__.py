@@ -21,7 +21,7 @@ from jaxfw.data.turns import encode_chat
 
 __all__ = [
     "Batches", "Corpus", "Document", "Documents", "Mixture", "Packed", "Prefetch", "Procedural", "RandomWindows",
-    "Recall", "Repeated", "TextStream", "Tokenizer", "Windows", "consecutive_windows", "encode_chat", "encode_documents",
-    "find_documents", "load_tokenizer", "open_tokens", "prepare", "read_corpus", "save_tokenizer", "stdlib_docstrings",
-    "train_bpe", "verify_tokens", "vocabulary_fingerprint", "write_tokens",
+    "Recall", "Repeated", "TextStream", "Tokenizer", "Windows", "consecutive_windows", "encode_chat",
+    "encode_documents", "find_documents", "load_tokenizer", "open_tokens", "prepare", "read_corpus", "save_tokenizer",
+    "stdlib_docstrings", "train_bpe", "verify_tokens", "vocabulary_fingerprint", "write_tokens",
 ]  # fmt: skip

@@ -122,10 +122,10 @@ class Repeated:
 class Recall:
     """Keys are given values, again and again, and asked for the last one: associative recall with many queries.
 
-    The layout of a document is one of random tokens: `prefix`, key, `gap`, value, the same each time; how many keys there
-    are, and how long each part is, is drawn for each document (least, most). Only values that are asked for are trained
-    on. A value does not stand behind its key, so that looking up the token before it tells nothing (Arora et al. 2023,
-    arXiv:2312.04927, whose pairs have no gap).
+    The layout of a document is one of random tokens: `prefix`, key, `gap`, value, the same each time; how many keys
+    there are, and how long each part is, is drawn for each document (least, most). Only values that are asked for are
+    trained on. With a gap, the token before a value tells nothing of its key (Arora et al. 2023, arXiv:2312.04927,
+    whose pairs have none).
     """
 
     vocab_size: int
