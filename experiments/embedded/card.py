@@ -24,7 +24,7 @@ from jaxfw.core.runtime import enable_compilation_cache, environment
 from jaxfw.core.workdir import replace_text, write_json
 from jaxfw.data import stdlib_docstrings
 from jaxfw.evals import ABILITIES, TASKS, paired_difference
-from jaxfw.evals.evaluate import Score, baselines, evaluate, row, tokens_needed
+from jaxfw.evals.evaluate import Score, baselines, evaluate, half_window, row, tokens_needed
 from jaxfw.generate import LM, load
 from jaxfw.models.accounting import parameter_count
 from jaxfw.models.cache import RingCache
@@ -32,7 +32,7 @@ from jaxfw.report import ratio_interval
 from jaxfw.weights import model_sha256
 from jaxfw.weights.shipped import located
 
-MODEL = "embedded-1"
+MODEL = "embedded-0"
 RESULT = Path(__file__).parents[1] / "results" / "embedded.json"
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 SHOTS = 4
@@ -53,8 +53,8 @@ def by_level(lm: LM, *, n: int, seed: int) -> list[dict[str, Any]]:
 def compared(lm: LM, *, n: int, seed: int) -> list[dict[str, Any]]:
     """Each ability at its standard level: with examples, and with half the cache, against neither."""
     rows = []
+    window = half_window(lm, ABILITIES.values(), n=n, seed=seed)
     for name, task in ABILITIES.items():
-        window = tokens_needed(lm, task, n=n, seed=seed) // 2
         plain = evaluate(lm, task, n=n, seed=seed)
         few = evaluate(lm, task, n=n, seed=seed, shots=SHOTS)
         half = evaluate(lm, task, n=n, seed=seed, policy=RingCache(window))

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.evals import ABILITIES, paired_difference
-from jaxfw.evals.evaluate import baselines, evaluate, row, tokens_needed
+from jaxfw.evals.evaluate import baselines, evaluate, half_window, row
 from jaxfw.generate import LM
 from jaxfw.models.cache import RingCache
 from jaxfw.report import Interval, Table, Text
@@ -30,10 +30,10 @@ class AbilitiesConfig:
 
 def measure(lm: LM, c: AbilitiesConfig, *, seed: int) -> list[dict[str, Any]]:
     """Of each task the accuracy beside its trivial answers, that of a sliding half cache, and what this changes."""
-    rows = []
+    rows, n = [], c.items
+    window = half_window(lm, [ABILITIES[name] for name in c.tasks], n=n, seed=seed)
     for name in c.tasks:
-        task, n = ABILITIES[name], c.items
-        window = tokens_needed(lm, task, n=n, seed=seed) // 2
+        task = ABILITIES[name]
         full = evaluate(lm, task, n=n, seed=seed)
         half = evaluate(lm, task, n=n, seed=seed, policy=RingCache(window))
         change = paired_difference(full.shares, half.shares)
@@ -59,10 +59,10 @@ def sections(c: AbilitiesConfig, rows: list[dict[str, Any]], answer: str) -> lis
 
     table = Table(
         f"Abilities of {c.model}, with the whole cache and with half of it",
-        ("ability", "accuracy", "best trivial answer", "window (tokens)", "half the cache", "change"),
-        tuple((found["task"], interval(found["accuracy"]), interval(found["best_baseline"]), found["window"],
+        ("ability", "accuracy", "best trivial answer", "half the cache", "change"),
+        tuple((found["task"], interval(found["accuracy"]), interval(found["best_baseline"]),
                interval(found["half_cache"]), interval(found["change"])) for found in rows),
         note=f"{c.items} items of each at its standard level, none of which was trained on. The half cache slides over "
-        "the last tokens, half as many as the longest item takes; its change is paired over items.",
+        f"the last {rows[0]['window']} tokens, half of what the longest item takes; its change is paired over items.",
     )  # fmt: skip
     return [table, Text(f"A turn of conversation with {c.model}", f"{c.question}\n{answer}", mono=True)]

@@ -1,7 +1,7 @@
 """A model on a task: prompts, answers, scores, and how sure they are."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,11 @@ def tokens_needed(lm: LM, task: Task, *, n: int, level: int | None = None, shots
     """Cache slots that the longest of these prompts takes with its right answer: what a smaller cache is half of."""
     asked, prompts = questions(task, n=n, level=task.standard if level is None else level, shots=shots, seed=seed)
     return max(len(lm.tokenizer.encode(prompt.text + item.target)) for item, prompt in zip(asked, prompts, strict=True))
+
+
+def half_window(lm: LM, tasks: Iterable[Task], *, n: int, seed: int = 0) -> int:
+    """Half of the slots that the longest item of these tasks takes at its standard level: one small cache for all."""
+    return max(tokens_needed(lm, task, n=n, seed=seed) for task in tasks) // 2
 
 
 def score(task: str, level: int, shots: int, asked: Sequence[Item], outputs: Sequence[str]) -> Score:
