@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if args.smoke:
         c.documents = 300
-        c.abilities.tasks = ("facts", "safety")
+        c.abilities.tasks = ("facts", "arithmetic")
         c.abilities.items = 12
         c.baseline = "unigram"
         c.model.vocab = 320

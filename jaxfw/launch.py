@@ -115,7 +115,8 @@ def _experiment(config: ConfigDict) -> ModuleType:
             raise InputError(
                 f"config.experiment={name!r} cannot be imported: run from the root of a checkout."
             ) from None
-        known = [f"experiments.{path.stem}" for path in sorted(Path("experiments").glob("[a-z]*.py"))]
+        files = [*Path("experiments").glob("[a-z]*.py"), *(p.parent for p in Path("experiments").glob("*/__init__.py"))]
+        known = sorted(f"experiments.{path.stem}" for path in files)
         raise unknown("config.experiment", name, known) from None
     if not hasattr(module, "run"):
         raise InputError(f"config.experiment={name!r} has no run(config, workdir).")

@@ -45,7 +45,8 @@ def test_outputs_are_what_the_model_writes_behind_each_prompt(m):
     for i, item in enumerate(found.items):
         prompt = few_shot(item, examples(task, 1, 1, seed=0, place=i))
         whole = m.generate(prompt.text, max_new_tokens=64, stop="\n")
-        assert whole.startswith(found.outputs[i]) and found.outputs[i], (whole, found.outputs[i])
+        begun = found.outputs[i].rstrip("\ufffd")  # a letter may be cut in its middle
+        assert whole.startswith(begun) and begun, (whole, begun)
         assert found.correct[i] == 0 and found.asked[i] == 1
     assert found.accuracy.low == 0 < found.accuracy.high < 0.6
 

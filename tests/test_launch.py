@@ -143,7 +143,7 @@ def test_a_dry_run_of_a_model_reads_no_tensor(launch, model):
 def test_a_run_whose_check_fails_exits_with_1(launch, tmp_path):
     code, out, _ = launch(QUICKSTART, "--config.train.steps=6", "--config.optimizer.learning_rate=1e-9")
     assert code == 1 and "FAILED loss minus that of the unigram baseline" in out
-    assert "1 of 3 checks failed" in (tmp_path / "run" / "report.html").read_text()
+    assert "1 of 4 checks failed" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_run_that_diverges_exits_with_1_and_says_what_to_do(launch):

@@ -196,7 +196,7 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
         "repeated": Procedural(repeated, size, length, c.seed),
         "english": Packed(english, size, length, c.seed),
     }
-    shares = dataclasses.asdict(c.rows)
+    shares = {name: share for name, share in dataclasses.asdict(c.rows).items() if share}
     return Mixture([sources[name] for name in shares], list(shares.values()), size)
 
 
