@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.abilities = ConfigDict()
     c.abilities.model = "embedded-0"  # or a Hugging Face directory
     c.abilities.tasks = ("facts", "composition", "arithmetic", "safety", "long_output")
-    c.abilities.items = 100
+    c.abilities.asked = 100
     c.abilities.question = "627 + 485"
 
     c.model = ConfigDict()
@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if args.smoke:
         c.documents = 300
         c.abilities.tasks = ("facts", "arithmetic")
-        c.abilities.items = 12
+        c.abilities.asked = 12
         c.baseline = "unigram"
         c.model.vocab = 320
         c.model.width = 32

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxfw.audit.options import parse_options
 from jaxfw.core import aot, hlo, runtime
-from jaxfw.core.replay import PROFILES, replay
+from jaxfw.core.replay import PROFILES, Streams, replay
 
 RESULT = Path(__file__).parent / "results" / "overlap.json"
 FIGURES = Path(__file__).parents[1] / "tests" / "fixtures" / "audit" / "figures.json"
@@ -74,7 +74,8 @@ def measure(options: str) -> dict[str, Any]:
     found: dict[str, Any] = {"collectives": {}}
     for one in hlo.collectives(text):
         found["collectives"][one.kind] = found["collectives"].get(one.kind, 0) + one.times
-    for streams, name in (("link", "one_stream_per_link"), ("one", "one_stream")):
+    cases: tuple[tuple[Streams, str], ...] = (("link", "one_stream_per_link"), ("one", "one_stream"))
+    for streams, name in cases:
         timeline = replay(text, PROFILES["h200"], gpus_per_host=GPUS, streams=streams)
         shares = {"hidden": timeline.hidden(), "inter": timeline.hidden("inter"), "intra": timeline.hidden("intra")}
         found[name] = {"ms": 1e3 * timeline.seconds, **shares}

@@ -66,7 +66,7 @@ def test_compiled_bytes_are_those_of_arithmetic(model, target, devices, batch, l
     )  # fmt: skip
     found = audit(request).account
     assert found.total == pytest.approx(sum(expected.values()), rel=0.15)
-    assert found.parts["parameters"] == pytest.approx(expected["parameters"], rel=0.001)
+    assert found.parts["parameters"] == pytest.approx(expected["parameters"], rel=0.005)
 
 
 # --- bytes between devices

@@ -103,6 +103,8 @@ PROGRAMS = [
     ("streams as they are named", [start("c", "p", INTRA), start("f", "p", INTRA), start("g", "p", INTER)],
      {"streams": {"c": "0", "f": "1", "g": "1"}}, 8),
     ("one link twice", [start("c", "p", INTRA), start("f", "p", INTRA), done("e", "c"), done("g", "f")], {}, 8),
+    ("kernels wait for one", [start("c", "p", INTRA).replace("-start", "") + ', backend_config={"is_sync":true}',
+                              kernel("k")], {}, 20),
     ("nobody waits for the last one", [kernel("k"), start("c", "p", INTRA)], {}, 20),
     ("a loop of known length", [WHILE + KNOWN], {"more": LOOP}, 5 * (4 + 16)),
     ("a loop of given length", [WHILE], {"more": LOOP, "unknown_trips": 3}, 3 * (4 + 16)),

@@ -13,24 +13,24 @@ from jaxfw.report import Interval, Table, Text
 
 @dataclasses.dataclass(frozen=True)
 class AbilitiesConfig:
-    """Which model is asked, `items` of each task at its standard level, and one question in a conversation."""
+    """Which model is asked, how many items of each task at its standard level, and one question in a conversation."""
 
     model: str
     tasks: tuple[str, ...]
-    items: int
+    asked: int
     question: str
 
     def __post_init__(self):
         for name in self.tasks:
             if name not in ABILITIES:
                 raise unknown("abilities.tasks", name, ABILITIES)
-        if self.items < 1 or not self.tasks:
-            raise InputError(f"abilities.items={self.items} of {len(self.tasks)} abilities.tasks: give one or more.")
+        if self.asked < 1 or not self.tasks:
+            raise InputError(f"abilities.asked={self.asked} of {len(self.tasks)} abilities.tasks: give one or more.")
 
 
 def measure(lm: LM, c: AbilitiesConfig, *, seed: int) -> list[dict[str, Any]]:
     """Of each task the accuracy beside its trivial answers, that of a sliding half cache, and what this changes."""
-    rows, n = [], c.items
+    rows, n = [], c.asked
     window = half_window(lm, [ABILITIES[name] for name in c.tasks], n=n, seed=seed)
     for name in c.tasks:
         task = ABILITIES[name]
@@ -62,7 +62,7 @@ def sections(c: AbilitiesConfig, rows: list[dict[str, Any]], answer: str) -> lis
         ("ability", "accuracy", "best trivial answer", "half the cache", "change"),
         tuple((found["task"], interval(found["accuracy"]), interval(found["best_baseline"]),
                interval(found["half_cache"]), interval(found["change"])) for found in rows),
-        note=f"{c.items} items of each at its standard level, none of which was trained on. The half cache slides over "
+        note=f"{c.asked} items of each at its standard level, none of which was trained on. The half cache slides over "
         f"the last {rows[0]['window']} tokens, half of what the longest item takes; its change is paired over items.",
     )  # fmt: skip
     return [table, Text(f"A turn of conversation with {c.model}", f"{c.question}\n{answer}", mono=True)]

@@ -137,7 +137,7 @@ def _streams(folder: Path) -> dict[str, str]:
     for path in folder.glob("*.thunk_sequence.txt"):
         names = path.with_name(path.name.replace("thunk_sequence", "thunk_metadata"))
         if names.exists():
-            ids = dict(reversed(pair) for pair in _THUNK.findall(names.read_text()))
+            ids: dict[str, str] = {id_: name for name, id_ in _THUNK.findall(names.read_text())}
             found |= {ids[id_]: stream for id_, stream in _STARTS.findall(path.read_text()) if id_ in ids}
     return found
 

@@ -37,6 +37,7 @@ KERNELS = frozenset(
     "triangular-solve rng-bit-generator rng-get-and-update-state rng topk".split()
 )
 CALLS = ("__cublas", "__cudnn$fmha", "__gpu$xla.gpu.triton", "mosaic_gpu", "__cub$", "__gpu$TopK")
+SYNCHRONOUS = '"is_sync":true'  # how XLA marks a collective that kernels wait for: nothing could run beside it
 _GROUPS = re.compile(r"replica_groups=\{?\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
@@ -199,10 +200,13 @@ class _Player:
             self.clock = max(self.clock, self.ends[self._begun(i)])
         elif opcode.endswith("-update"):
             self.ends[i.name] = self.ends[self._begun(i)]
+        elif opcode in hlo.COLLECTIVES and SYNCHRONOUS in i.line:
+            self._start(i)
+            self.clock = max(self.clock, self.ends[i.name])
         elif opcode in hlo.COLLECTIVES:
             raise InputError(
-                f"{i.name} ({opcode} in {i.computation}) has no start and done: nothing could run beside it, and what "
-                "this program is compiled for does not run it so. Replay what jaxfw.core.aot compiled for GPUs."
+                f"{i.name} ({opcode} in {i.computation}) has no start and done, and is not marked as one that "
+                "kernels wait for: no GPU runs it so. Replay what jaxfw.core.aot compiled for GPUs."
             )
         elif opcode in KERNELS:
             self._kernel(i)
