@@ -59,7 +59,7 @@ def sections(c: AbilitiesConfig, rows: list[dict[str, Any]], answer: str) -> lis
 
     table = Table(
         f"Abilities of {c.model}, with the whole cache and with half of it",
-        ("ability", "accuracy", "best trivial answer", "half the cache", "change"),
+        ("ability", "accuracy", "trivial answer", "half the cache", "change"),
         tuple((found["task"], interval(found["accuracy"]), interval(found["best_baseline"]),
                interval(found["half_cache"]), interval(found["change"])) for found in rows),
         note=f"{c.asked} items of each at its standard level, none of which was trained on. The half cache slides over "
