@@ -2,10 +2,15 @@
 
 import jax
 import pytest
+from hypothesis import settings
 
 from jaxfw.models import init
 from jaxfw.weights import save
 from tests.model_directories import CONFIG, TIED
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("untimed", parent=settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture
