@@ -75,6 +75,12 @@ class Instruction:
         return {kind: tuple(re.findall(r"[\w.\-]+", names)) for kind, names in _BODIES.findall(self.line)}
 
     @property
+    def trips(self) -> int | None:
+        """How often a loop runs its body, where the compiler knows it."""
+        found = _TRIPS.search(self.line) if self.opcode == "while" else None
+        return int(found[1]) if found else None
+
+    @property
     def target(self) -> str | None:
         """What a custom call calls."""
         found = _TARGET.search(self.line) if self.opcode.startswith("custom-call") else None

@@ -42,7 +42,6 @@ _GROUPS = re.compile(r"replica_groups=\{?\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{\{(\d+),(\d+)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,10 +263,10 @@ class _Player:
         return len(members), "intra" if len(hosts) == 1 else "inter"
 
     def _trips(self, i: hlo.Instruction) -> int:
-        found = _TRIPS.search(i.line)
-        if not found and self.unknown_trips is None:
+        known = i.trips if i.trips is not None else self.unknown_trips
+        if known is None:
             raise InputError(f"{i.name} is a loop whose length the compiler does not know: give unknown_trips=.")
-        return int(found[1]) if found else int(self.unknown_trips or 0)
+        return known
 
     def _longest(self, branches: Sequence[str]) -> None:
         played = []
