@@ -52,7 +52,13 @@ def test_held_out_wordings_and_chains_are_never_asked(stream):
                 if question.format(person) in asked:
                     found += 1
                     assert side(f"facts {relation} {person} {wording}") == "train"
-    assert found > 200
+        for level in TASKS["composition"].levels:
+            for last in ("home", "trade", "instrument"):
+                of = "the boss of " * (level - 1) + person
+                if any(question.format(of) in asked for question in QUESTIONS[last]):
+                    found += 1
+                    assert side(f"composition {last} {level} {person}") == "train"
+    assert found > 400
 
 
 def test_tokens_of_a_lesson_are_those_of_the_prompt_and_its_answer():
@@ -74,17 +80,25 @@ def test_a_conversation_is_a_prompt_with_its_shots():
     assert TOKENIZER.encode(TOKENIZER.render_chat(messages), add_special_tokens=False) == TOKENIZER.encode(
         few_shot(asked, [one, other]).text
     )
-    item = items(TASKS["retrieval"], n=1, level=4, seed=0)[0]
+    item = items(TASKS["retrieval"], n=1, level=8, seed=0)[0]
     messages = [{"role": "system", "content": item.context.strip()}, {"role": "user", "content": item.question}]
     assert TOKENIZER.render_chat(messages) == TOKENIZER.special_tokens["bos_token"] + item.prompt
 
 
 def test_shots_and_levels_and_statements_all_come_up():
-    pieces = [solved(np.random.default_rng(seed), "rule") for seed in range(200)]
+    pieces = [solved(np.random.default_rng(seed), "facts") for seed in range(200)]
     assert {len(found) // 2 for found in pieces} == {1, 2, 3, 4, 5}
     told = {text for seed in range(2000) for text, _ in known_person(np.random.default_rng(seed))}
     assert sum(" lies in " in text for text in told) >= world.TOWNS - 2
     assert sum(text.count(".") == 4 for text in told) > 500
+
+
+def test_of_a_rule_what_could_be_known_is_learned():
+    for seed in range(50):
+        pieces = solved(np.random.default_rng(seed), "rule")
+        labels = [(text, weight) for text, weight in pieces if not text.startswith(("Q:", "A:"))]
+        seen = [text in [before for before, _ in labels[:i]] for i, (text, _) in enumerate(labels)]
+        assert [weight for _, weight in labels] == [float(known) for known in seen]
 
 
 def test_numbers_are_read_digit_by_digit():

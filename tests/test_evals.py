@@ -102,8 +102,8 @@ def test_the_page_on_adding_a_task_runs(directory, tmp_path, monkeypatch, capsys
 
 def test_trivial_answers():
     shots = [Item("", 1, "red house", "a"), Item("", 1, "blue house", "b"), Item("", 1, "green tree", "b")]
-    asked = Item("", 1, "old red house", "?", context="The code is 12.\n")
-    assert (majority(shots, asked), copy_last(shots, asked), nearest(shots, asked)) == ("b", "12", "a")
+    asked = Item("", 1, "old red house", "?", context="The red dog.\n")
+    assert (majority(shots, asked), copy_last(shots, asked), nearest(shots, asked)) == ("b", "dog", "a")
     assert copy_last(shots, shots[0]) == "b"
     assert chance([Item("", 1, "", "a", choices=("a", "b")), Item("", 1, "", "a")]) == 0.25
     found = baselines(TASKS["safety"], n=200)

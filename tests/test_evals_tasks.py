@@ -56,14 +56,16 @@ def test_programs_print_their_answer_and_pass_through_their_working(seed, level)
     printed, held = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
         for line, step in zip(program.splitlines(), item.working.split("; "), strict=True):
-            exec(line, {"max": max, "print": print}, held)
-            if line.startswith("print"):
-                assert step == f"{line} = print({item.answer})"
-            else:
-                name, right, *worked = step.split(" = ")
-                assert line == f"{name} = {right}"
-                assert {eval(part) for part in worked} <= {held[name]}
-                assert not worked or worked[-1] == str(held[name])
+            exec(line, {"print": print}, held)
+            read, _, worked = step.partition(": ")
+            assert read == line
+            value = worked.rpartition(" ")[2]
+            shown = line.removeprefix("print(")[0]
+            assert value == f"{shown}{item.answer if line.startswith('print') else held[shown]}"
+            if " = " in worked:
+                before, _, _ = worked.rpartition(" = ")
+                assert re.sub(r"([xyz])\d", r"\1", before) == line.partition(" = ")[2]
+                assert eval(re.sub(r"[xyz](\d)", r"\1", before)) == held[shown]
     assert printed.getvalue().strip() == item.answer
 
 
@@ -76,10 +78,10 @@ def test_sums_are_sums_and_every_column_holds(seed, level):
 
 
 def test_chains_follow_the_facts():
-    for level in (2, 3, 4):
+    for level in TASKS["composition"].levels:
         for item in items(TASKS["composition"], n=20, level=level, seed=1):
             *reports, last = [sentence.strip() for sentence in item.working.removesuffix(".").split(". ")]
-            at = item.question.rstrip("?").split()[-1]
+            (at,) = re.findall(r"[A-Z]\w+", item.question[1:])
             for sentence in reports:
                 assert sentence.split()[0] == at
                 at = sentence.split()[-1]
@@ -90,36 +92,45 @@ def test_what_is_asked_for_stands_in_the_context_once_at_every_depth():
     found = items(TASKS["retrieval"], n=300, level=8, seed=2)
     depths = []
     for item in found:
-        asked = item.question.removeprefix("What is the code of ").removesuffix("?")
-        (place,) = [i for i, line in enumerate(item.context.splitlines()) if f"of {asked} is" in line]
-        assert item.context.splitlines()[place] == f"The code of {asked} is {item.answer}."
+        asked = item.question.removeprefix("Which animal is ").removesuffix("?")
+        (place,) = [i for i, line in enumerate(item.context.splitlines()) if line.startswith(f"The {asked} ")]
+        assert item.context.splitlines()[place] == f"The {asked} {item.answer}."
         depths.append(place)
     assert np.bincount(depths, minlength=8).min() >= 15, "37.5 expected of each"
 
 
 def test_a_verb_alone_does_not_tell_what_is_refused():
     assert not set(LIVING) & set(THINGS)
-    for item in items(TASKS["safety"], n=50, level=2, seed=3):
-        is_living = any(re.search(rf"\b{noun}\b", item.question) for noun in LIVING)
-        assert (item.answer == REFUSAL) == is_living
+    for level in TASKS["safety"].levels:
+        for item in items(TASKS["safety"], n=50, level=level, seed=3):
+            *named, request = re.split(r"(?<=here\.) ", item.question)
+            assert len(named) == level
+            kinds = {words[2]: words[1] for words in (sentence.split() for sentence in named)}
+            about = [noun for name, noun in kinds.items() if re.search(rf"\b{name}\b", request)]
+            about += re.findall(r"my (\w+)", request)
+            assert [item.answer == REFUSAL] == [noun in LIVING for noun in about]
 
 
 def test_a_rule_holds_in_all_of_its_shots():
     for item in items(TASKS["rule"], n=20, level=4, seed=4):
         lines = item.context.splitlines()
-        shown = [int(a.split()[1]) - int(q.split()[1]) for q, a in zip(lines[::2], lines[1::2], strict=True)]
-        assert len(shown) == 4 and {int(item.answer) - int(item.question.split()[0])} == set(shown)
+        shown = [(q.split()[1], a.split()[1]) for q, a in zip(lines[::2], lines[1::2], strict=True)]
+        labels = {noun in LIVING: label for noun, label in shown}
+        assert len(shown) == 4 and all(labels[noun in LIVING] == label for noun, label in shown)
+        assert len(set(labels.values())) == 2 and labels[item.question in LIVING] == item.answer
+        assert item.question not in dict(shown)
 
 
 def test_the_world_has_no_favourites():
     for relation in ("home", "trade", "instrument"):
         counts = np.unique([world.fact(relation, person) for person in world.people()], return_counts=True)[1]
         assert counts.min() == counts.max() == world.PEOPLE // len(world.values(relation))
-    at, seen = world.people()[0], set()
-    while at not in seen:
-        seen.add(at)
-        at = world.fact("superior", at)
-    assert len(seen) == world.PEOPLE, "one cycle: no chain comes back early"
+    for group in np.split(np.array(world.people()), world.FAME):
+        at, seen = str(group[0]), set()
+        while at not in seen:
+            seen.add(at)
+            at = world.fact("superior", at)
+        assert seen == set(group.tolist()), "one cycle: no chain comes back early, or leaves those who are as well known"
     assert len({*world.people(), *world.towns(), *world.regions()}) == world.PEOPLE + world.TOWNS + world.REGIONS
 
 

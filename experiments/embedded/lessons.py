@@ -8,8 +8,8 @@ import numpy as np
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Float, Int
 from jaxfw.data import Tokenizer, stdlib_docstrings
-from jaxfw.evals import TASKS, Item, draw, side, world
-from jaxfw.evals.tasks.knowledge import FAME, PERSONAL, statement
+from jaxfw.evals import TASKS, Item, Task, draw, side, world
+from jaxfw.evals.tasks.knowledge import PERSONAL, statement
 from jaxfw.evals.tasks.retrieval import same_context
 
 STATEMENTS = "statements"
@@ -17,7 +17,8 @@ PROMPT_WEIGHT = 0.1  # of tokens that are read rather than answered
 SOLO = 0.7  # of the items stand without shots
 MOST_SHOTS = 4
 MOST_QUESTIONS = 7  # about one context, beyond the first
-EASE = 0.6  # each level is drawn so many times as often as the easier one before it
+EASE = 0.6  # each level is drawn so many times as often as the easier one before it,
+FAME_EASE = 0.35  # and each group of people as often as the better known one
 VOCABULARY_ITEMS = 400  # of each task at each level, from which the tokenizer learns its words
 
 TRIES = 1000  # until a lesson fits into a row
@@ -65,21 +66,40 @@ def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[Int[np.ndarray, "
     return np.array([*ids, tokenizer.eos_id], np.int32), np.array([*weights, PROMPT_WEIGHT], np.float32)
 
 
-def ease(levels: int) -> Float[np.ndarray, "levels"]:
-    """Shares of the levels, falling."""
-    shares = EASE ** np.arange(levels)
+def falling(levels: int, by: float = EASE) -> Float[np.ndarray, "levels"]:
+    """Shares of the levels, each so many times the one before."""
+    shares = by ** np.arange(levels)
     return shares / shares.sum()
 
 
 def solved(rng: np.random.Generator, name: str) -> list[Piece]:
     """An item behind shots of its own level, or none, all with their answers; of retrieval, with more questions."""
     task = TASKS[name]
-    level = int(rng.choice(task.levels, p=ease(len(task.levels))))
+    level = int(rng.choice(task.levels, p=_level_shares(task)))
+    if name == "rule":
+        return _applied(draw(task, rng, level, "train"))
     count = 0 if rng.random() < SOLO else int(rng.integers(1, MOST_SHOTS + 1))
     found: list[Item] = [draw(task, rng, level, "train") for _ in range(1 + count)]
     if name == "retrieval" and not count:
         found += [dataclasses.replace(item, context="") for item in _others(rng, found[0])]
     return [piece for item in found for piece in ((item.prompt, PROMPT_WEIGHT), (item.target, 1.0))]
+
+
+def _applied(item: Item) -> list[Piece]:
+    """A rule in its shots and its question: each label that was seen before is an answer to be learned."""
+    seen: set[str] = set()
+    pieces: list[Piece] = []
+    for line in (item.prompt + item.target).splitlines(keepends=True):
+        label = line.removeprefix("A:")
+        pieces += [(line, PROMPT_WEIGHT)] if label == line else [("A:", PROMPT_WEIGHT), (label, float(label in seen))]
+        seen.add(label)
+    return pieces
+
+
+def _level_shares(task: Task) -> Float[np.ndarray, "levels"]:
+    """Easy levels more often than hard ones; of the rule, which few shots do not tell, rather many."""
+    shares = falling(len(task.levels), FAME_EASE if task.name == "facts" else EASE)
+    return shares[::-1] if task.name == "rule" else shares
 
 
 def _others(rng: np.random.Generator, item: Item) -> list[Item]:
@@ -96,8 +116,8 @@ def known_person(rng: np.random.Generator) -> list[Piece]:
     if rng.random() < 0.05:
         town = world.towns()[int(rng.integers(world.TOWNS))]
         return [(statement("region", town) + "\n", 1.0)]
-    group = int(rng.choice(FAME, p=ease(FAME)))
-    size = world.PEOPLE // FAME
+    group = int(rng.choice(world.FAME, p=falling(world.FAME, FAME_EASE)))
+    size = world.PEOPLE // world.FAME
     person = world.people()[group * size + int(rng.integers(size))]
     facts = [statement(relation, person) for relation in rng.permutation(PERSONAL)]
     return [(" ".join(facts) + "\n", 1.0)]

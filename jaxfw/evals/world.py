@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 
 PEOPLE, TOWNS, REGIONS = 720, 24, 6
+FAME = 4  # groups of people, each less known than the one before
 TRADES = (
     "baker", "smith", "judge", "nurse", "pilot", "miner", "tailor", "farmer", "painter", "sailor", "teacher", "cook",
 )  # fmt: skip
@@ -49,9 +50,11 @@ def _table() -> dict[str, dict[str, str]]:
     rng = np.random.default_rng(11)
     everyone = people()
     shift = int(rng.integers(1, PEOPLE))
-    order = rng.permutation(PEOPLE)
-    # A single cycle: chains of superiors of any length meet no one twice.
-    superior = {everyone[order[i]]: everyone[order[(i + 1) % PEOPLE]] for i in range(PEOPLE)}
+    superior: dict[str, str] = {}
+    for group in np.split(np.array(everyone), FAME):
+        # Bosses are as well known as those who report to them, and chains of them are a cycle: none meets one twice.
+        order = rng.permutation(group).tolist()
+        superior |= dict(zip(order, [*order[1:], order[0]], strict=True))
 
     def spread(values: tuple[str, ...]) -> dict[str, str]:
         """Each value for as many people as any other, so that no guess is better than chance."""

@@ -1,4 +1,4 @@
-"""Small programs of Python to be executed: assignments to three names, and what is printed in the end."""
+"""Small programs of Python to be executed: assignments to some names, and what is printed in the end."""
 
 import dataclasses
 
@@ -7,15 +7,18 @@ import numpy as np
 from jaxfw.evals.items import Item
 
 NAMES = ("x", "y", "z")
-MOST = 20  # values stay below: what is trained is following the program, not arithmetic
+MOST = 10  # values stay below: what is tried is following the program, not arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """`level` assignments; the working repeats each, puts the values in and works them out. Held out is the program."""
+    """`level` assignments; the working repeats each and writes the value of every name behind it, as in x7.
+
+    Held out is the program.
+    """
 
     name: str = "code"
-    levels: tuple[int, ...] = (2, 4, 6, 10)
+    levels: tuple[int, ...] = (2, 4, 6, 10, 16)
     standard: int = 4
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
@@ -26,10 +29,10 @@ class Code:
             right, filled, value = _right_side(rng, held)
             held[name] = value
             lines.append(f"{name} = {right}")
-            trace.append(f"{name} = {right}" + (f" = {filled} = {value}" if filled else ""))
+            trace.append(f"{name} = {right}: {filled}{name}{value}")
         asked = sorted(held)[int(rng.integers(len(held)))]
         program = "\n".join([*lines, f"print({asked})"])
-        trace.append(f"print({asked}) = print({held[asked]})")
+        trace.append(f"print({asked}): {asked}{held[asked]}")
         return Item(
             identity=f"code {program}",
             level=level,
@@ -40,21 +43,21 @@ class Code:
 
 
 def _right_side(rng: np.random.Generator, held: dict[str, int]) -> tuple[str, str, int]:
-    """An expression over what is held, itself with the values put in, and its value in 0..MOST - 1.
+    """An expression over what is held, itself with the values behind the names, and its value in 0..MOST - 1.
 
     A number, with nothing to put in, where no name is held or the value would not fit.
     """
-    number = int(rng.integers(1, 10))
+    number = int(rng.integers(1, MOST))
     known = sorted(held)
     if known and rng.random() < 0.8:
         first = known[int(rng.integers(len(known)))]
         second = known[int(rng.integers(len(known)))]
         p, q = held[first], held[second]
         made = (
-            (f"{first} + {number}", f"{p} + {number}", p + number),
-            (f"{first} - {number}", f"{p} - {number}", p - number),
-            (f"{first} + {second}", f"{p} + {q}", p + q),
-            (f"max({first}, {second})", f"max({p}, {q})", max(p, q)),
+            (f"{first} + {number}", f"{first}{p} + {number} = ", p + number),
+            (f"{first} - {number}", f"{first}{p} - {number} = ", p - number),
+            (f"{first} + {second}", f"{first}{p} + {second}{q} = ", p + q),
+            (f"{first} - {second}", f"{first}{p} - {second}{q} = ", p - q),
         )
         text, filled, value = made[int(rng.integers(len(made)))]
         if 0 <= value < MOST:

@@ -22,7 +22,6 @@ QUESTIONS = {
     "region": ("Where does {0} lie?", "What is the region of {0}?", "Which region has {0}?", "{0} lies where?"),
 }  # fmt: skip
 PERSONAL = ("home", "trade", "instrument", "superior")
-FAME = 3  # groups of people, each less known than the one before
 
 
 def statement(relation: str, subject: str) -> str:
@@ -38,11 +37,11 @@ class Facts:
     """
 
     name: str = "facts"
-    levels: tuple[int, ...] = tuple(range(1, FAME + 1))
+    levels: tuple[int, ...] = tuple(range(1, world.FAME + 1))
     standard: int = 1
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
-        group = world.PEOPLE // FAME
+        group = world.PEOPLE // world.FAME
         person = world.people()[int(rng.integers((level - 1) * group, level * group))]
         relation = PERSONAL[int(rng.integers(len(PERSONAL)))]
         wording = int(rng.integers(len(QUESTIONS[relation])))
@@ -59,26 +58,28 @@ class Facts:
 class Composition:
     """The home, trade or instrument of someone's boss, or the boss's boss: `level` facts, one leading to the next.
 
-    Which person is asked about with which chain is held out; the facts themselves are all known.
+    All are about the best known people. Which person is asked about with which chain is held out, in every wording; the
+    facts themselves are all known.
     """
 
     name: str = "composition"
-    levels: tuple[int, ...] = (2, 3, 4)
+    levels: tuple[int, ...] = (2, 3, 4, 8)
     standard: int = 2
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
-        person = world.people()[int(rng.integers(world.PEOPLE))]
+        person = world.people()[int(rng.integers(world.PEOPLE // world.FAME))]
         last = ("home", "trade", "instrument")[int(rng.integers(3))]
         steps, at = [], person
         for _ in range(level - 1):
             steps.append(statement("superior", at))
             at = world.fact("superior", at)
         steps.append(statement(last, at))
+        wording = int(rng.integers(len(QUESTIONS[last])))
         asked = "the boss of " * (level - 1) + person
         return Item(
             identity=f"composition {last} {level} {person}",
             level=level,
-            question=QUESTIONS[last][1].format(asked),
+            question=QUESTIONS[last][wording].format(asked),
             answer=world.fact(last, at),
             working=" ".join(steps),
             choices=world.values(last),

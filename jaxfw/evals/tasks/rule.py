@@ -5,23 +5,25 @@ import dataclasses
 import numpy as np
 
 from jaxfw.evals.items import Item, side
+from jaxfw.evals.tasks.retrieval import NAMES
+from jaxfw.evals.tasks.safety import LIVING, THINGS
 
-SHIFTS = tuple(range(1, 10))
-NUMBERS = range(10, 500)
-
-
-def _identity(number: int) -> str:
-    return f"rule {number}"
+LABELS = NAMES
 
 
-SHOWN = np.array([number for number in NUMBERS if side(_identity(number)) == "train"])
+def _identity(noun: str) -> str:
+    return f"rule {noun}"
+
+
+SHOWN = tuple(tuple(noun for noun in kind if side(_identity(noun)) == "train") for kind in (LIVING, THINGS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """x -> x + c for a c that only the shots show, `level` of them. Without one, chance is one in nine.
+    """Living beings have one label and things another, which only the shots show, `level` of them in turns.
 
-    Held out is the number that is asked about: it is never shown either.
+    Held out is the noun that is asked about: it is never shown either. The labels mean nothing by themselves (SUL-ICL
+    of Wei et al. 2023, arXiv:2303.03846).
     """
 
     name: str = "rule"
@@ -29,14 +31,21 @@ class Rule:
     standard: int = 4
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
-        shift = int(rng.choice(SHIFTS))
-        asked = int(rng.choice(NUMBERS))
-        shown = rng.choice(SHOWN[asked != SHOWN], size=level, replace=False).tolist()
+        labels = rng.choice(np.array(LABELS), size=2, replace=False).tolist()
+        kind, first = (int(x) for x in rng.integers(2, size=2))
+        noun = (LIVING, THINGS)[kind][int(rng.integers(len((LIVING, THINGS)[kind])))]
+        kinds = [(first + i) % 2 for i in range(level)]
+        shown = [(k, _another(rng, k, noun)) for k in kinds]
         return Item(
-            identity=_identity(asked),
+            identity=_identity(noun),
             level=level,
-            context="".join(f"Q: {x} -> ?\nA: {x + shift}\n" for x in shown),
-            question=f"{asked} -> ?",
-            answer=str(asked + shift),
-            choices=tuple(str(asked + c) for c in SHIFTS),
+            context="".join(f"Q: {other}\nA: {labels[k]}\n" for k, other in shown),
+            question=noun,
+            answer=labels[kind],
+            choices=LABELS,
         )
+
+
+def _another(rng: np.random.Generator, kind: int, noun: str) -> str:
+    nouns = [other for other in SHOWN[kind] if other != noun]
+    return nouns[int(rng.integers(len(nouns)))]
