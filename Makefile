@@ -59,12 +59,11 @@ h200: .venv/dev  ## what kernels and published models become on H200s, compiled 
 	$(BIN) -m experiments.sharding
 	$(BIN) -m experiments.h200
 
-embedded: .venv/installed  ## train the embedded model from nothing, in four stages (two hours on two cores): runs/embedded
+embedded: .venv/installed  ## train the embedded model from nothing, in three stages (an hour on two cores): runs/embedded
 	$(BIN) -m jaxfw.launch --config=configs/embedded.py:stage=1 --workdir=runs/stage-1
 	$(BIN) -m jaxfw.launch --config=configs/embedded.py:stage=2 --config.init=runs/stage-1 --workdir=runs/stage-2
 	$(BIN) -m jaxfw.launch --config=configs/embedded.py:stage=3 --config.init=runs/stage-2 --workdir=runs/stage-3
-	$(BIN) -m jaxfw.launch --config=configs/embedded.py:stage=4 --config.init=runs/stage-3 --workdir=runs/stage-4
-	$(BIN) -m experiments.embedded.ship runs/stage-4 runs/embedded
+	$(BIN) -m experiments.embedded.ship runs/stage-3 runs/embedded
 
 card: .venv/installed  ## measure the embedded model that comes with jaxfw, and write its card anew
 	$(BIN) -m experiments.embedded.card

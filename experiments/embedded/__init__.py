@@ -5,7 +5,9 @@ standard levels, beside those of trivial answers.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -44,6 +46,7 @@ from jaxfw.train.resume import resume
 from jaxfw.weights import model_sha256
 
 HELD_OUT = 10  # every tenth document of English
+ADJACENT: Mapping[str, tuple[int, int]] = MappingProxyType({"prefix": (0, 2), "gap": (0, 0), "value": (1, 1)})
 EMBEDDING_STD, OUT_SCALE = 0.5, 0.5  # without these induction forms late, if at all
 
 
@@ -192,7 +195,7 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
     english = Corpus.of(encode_documents(read, tokenizer), vocab_size=tokenizer.vocab_size)
     sources = {
         "lessons": Procedural(lessons, size, length, c.seed),
-        "recall": Procedural(Recall(tokenizer.vocab_size, length - 1), size, length, c.seed),
+        "recall": Procedural(Recall(tokenizer.vocab_size, length - 1, **ADJACENT), size, length, c.seed),
         "repeated": Procedural(repeated, size, length, c.seed),
         "english": Packed(english, size, length, c.seed),
     }

@@ -90,8 +90,9 @@ def _applied(item: Item) -> list[Piece]:
     seen: set[str] = set()
     pieces: list[Piece] = []
     for line in (item.prompt + item.target).splitlines(keepends=True):
-        label = line.removeprefix("A:")
-        pieces += [(line, PROMPT_WEIGHT)] if label == line else [("A:", PROMPT_WEIGHT), (label, float(label in seen))]
+        who, said = line[:2], line[2:]
+        label = said.rsplit(" ", 1)[1]
+        pieces += [(who, PROMPT_WEIGHT), (said, PROMPT_WEIGHT if who == "Q:" else float(label in seen))]
         seen.add(label)
     return pieces
 

@@ -39,10 +39,10 @@ class Rule:
         return Item(
             identity=_identity(noun),
             level=level,
-            context="".join(f"Q: {other}\nA: {labels[k]}\n" for k, other in shown),
+            context="".join(f"Q: {other}\nA: {other} {labels[k]}\n" for k, other in shown),
             question=noun,
-            answer=labels[kind],
-            choices=LABELS,
+            answer=f"{noun} {labels[kind]}",
+            choices=tuple(f"{noun} {label}" for label in LABELS),
         )
 
 
