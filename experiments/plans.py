@@ -17,12 +17,14 @@ from jaxfw.audit.audit import Request, audit
 from jaxfw.core import runtime
 from jaxfw.core.errors import InputError
 from jaxfw.core.workdir import replace_text
+from jaxfw.models.presets import preset
 
 RESULT = Path(__file__).parent / "results" / "plans.json"
 PAGE = Path(__file__).parents[1] / "docs" / "what_fits.md"
 MODELS = ("qwen2.5-7b", "llama-3.1-8b", "mixtral-8x7b", "llama-3.1-70b")
 GPUS = (1, 8, 64)
 LENGTH, CHUNK = 4096, 512
+CAPACITY = 1.25  # of experts, whose buffers must else hold any load
 REMATS = ("none", "products", "layer")
 STATES = ("bfloat16", "float32/bfloat16")
 CACHES = ((1, 8192), (32, 8192), (1, 131072))
@@ -37,7 +39,7 @@ def training() -> Iterator[tuple[dict[str, Any], Request]]:
                     about = {"model": model, "gpus": gpus, "state": dtypes.split("/")[0], "remat": remat}
                     yield about, Request(
                         model=model, target=_target(gpus), mesh=f"fsdp={gpus}", batch=gpus, length=LENGTH,
-                        dtypes=dtypes, remat=remat, chunk=CHUNK,
+                        dtypes=dtypes, remat=remat, chunk=CHUNK, capacity=CAPACITY if preset(model).moe else 0.0,
                     )  # fmt: skip
 
 
@@ -90,7 +92,8 @@ def page(found: dict[str, Any]) -> str:
         f"out where {found['capacity'] / 1e9:.0f} GB are not enough. No GPU was there, nothing was timed.", "",
         "## Training", "",
         f"AdamW, one row of {LENGTH:,} tokens on each GPU, everything cut over all of them (`fsdp`), logits {CHUNK} "
-        "tokens at a time, layers in one loop. Columns: what a layer keeps for its gradient (`remat`).", "",
+        f"tokens at a time, layers in one loop, experts with capacity {CAPACITY}. Columns: what a layer keeps for its "
+        "gradient (`remat`).", "",
         "| model | GPUs | parameters and state in | everything | products | its input |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     rows = found["training"]

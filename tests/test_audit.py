@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from experiments import plans
 from jaxfw.audit.__main__ import main, parser, request_of
 from jaxfw.audit.audit import Audit, Request, audit
 from jaxfw.audit.options import SETS, parse_options
@@ -20,6 +21,7 @@ from jaxfw.core.mesh import parse_mesh
 from jaxfw.models import DecoderConfig
 from jaxfw.models.accounting import parameter_bytes, parameter_count, train_memory
 
+ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 TINY = DecoderConfig(
     vocab=512, width=256, ffn=512, layers=2, heads=4, kv_heads=2, head_dim=64, positions=1024, dtype="bfloat16"
@@ -196,6 +198,8 @@ WRONG = [
     (["--model=llama-3.1-8b", "--batch=many"], "--batch='many' must be a whole number from 1 on"),
     (["--model=llama-3.1-8b", "--length=1000000"], "length=1000000 must be from 1 to the model's 131072 positions"),
     (["--model=llama-3.1-8b", "--stacked=maybe"], "--stacked='maybe' must be true or false"),
+    (["--model=llama-3.1-8b", "--capacity=1.25"], "--capacity=1.25 is of experts, and this model has none"),
+    (["--model=mixtral-8x7b", "--capacity=much"], "--capacity='much' must be a number from 0 on"),
     (["--model=llama-3.1-8b", "--options=fast"], "--options='fast' is unknown. Known: none, schedule, overlap"),
     (["--model=llama-3.1-8b", "--compare=colour=red"], "flag='colour' is unknown"),
     (["--model=llama-3.1-8b", "--search=remat"], "--search='remat' must be FLAG=VALUE,VALUE"),
@@ -253,3 +257,24 @@ def test_what_the_compiler_says_is_kept_from_the_terminal(capfd):
         os.write(2, f"{line}\nsomething else\n".encode())
     assert len(said) == 1 and replicated(said) == ["jit(step)/embed: bf16[1,512,2048]"]
     assert capfd.readouterr().err == "something else\n"
+
+
+def test_the_page_has_the_committed_figures():
+    """docs/audit.md on the expert layer, beside the independent replay's figures."""
+    found = json.loads((ROOT / "experiments" / "results" / "overlap.json").read_text(encoding="utf-8"))["variants"]
+    page = " ".join((ROOT / "docs" / "audit.md").read_text(encoding="utf-8").split())
+    rows = [found[name] for name in ("default", "options", "edges_options")]
+    times = [f"{row['ours']['one_stream_per_link']['ms']:.2f} ms" for row in rows]
+    assert all(time in page for time in times)
+    hidden = [round(100 * row["ours"]["one_stream_per_link"]["hidden"]) for row in rows]
+    assert f"{hidden[0]}, {hidden[1]} and {hidden[2]} % is hidden" in page
+    for row in rows[:2]:
+        assert row["ours"]["one_stream_per_link"]["ms"] == pytest.approx(row["theirs"]["ms"], rel=0.05)
+
+
+def test_what_fits_is_what_was_compiled():
+    found = json.loads(plans.RESULT.read_text(encoding="utf-8"))
+    assert plans.PAGE.read_text(encoding="utf-8") == plans.page(found)
+    assert [len(found[name]) for name in ("training", "decoding")] == [
+        len(list(requests())) for requests in (plans.training, plans.decoding)
+    ]

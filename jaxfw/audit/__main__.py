@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ FLAGS = {
     "dtypes": "of parameters and of arithmetic: float32/bfloat16",
     "remat": "none, products, attention, layer: what a layer keeps for its gradient",
     "chunk": "tokens of a row whose logits exist at once; 0 is all",
+    "capacity": "of experts, 1.25 say; 0 drops nothing, and leaves room for any load",
     "stacked": "true: one loop over the layers; false: each for itself",
     "quantise": "int8 or int4, of a decode step's weights",
     "options": f"{', '.join(SETS)}, or XLA's own as name=value;name=value",
@@ -85,6 +87,10 @@ def _typed(name: str, value: str) -> Any:
         if value.lower() not in ("true", "false"):
             raise InputError(f"--{name}={value!r} must be true or false.")
         return value.lower() == "true"
+    if kind is float:
+        if not re.fullmatch(r"\d+(\.\d*)?", value):
+            raise InputError(f"--{name}={value!r} must be a number from 0 on.")
+        return float(value)
     if kind is int:
         if not value.isdecimal() or (int(value) < 1 and name != "chunk"):
             raise InputError(f"--{name}={value!r} must be a whole number from {0 if name == 'chunk' else 1} on.")

@@ -19,6 +19,7 @@ from jaxfw.core.replay import PROFILES, Timeline, replay
 from jaxfw.core.targets import CHIPS
 from jaxfw.models import DecoderConfig
 from jaxfw.models.presets import PRESETS, preset
+from jaxfw.models.routing import Sorted
 from jaxfw.train import OptimizerConfig
 from jaxfw.train.language import REMAT
 from jaxfw.weights import load_config
@@ -31,7 +32,8 @@ class Request:
     """What is to be compiled, for what; every field can be varied by its name.
 
     `model` is a preset or a directory of the Hub's form, unless `config` says what it is. `dtypes` are those of
-    parameters and of arithmetic, as in "float32/bfloat16". Of a training step, `batch` rows are of all devices.
+    parameters and of arithmetic, as in "float32/bfloat16". Of a training step, `batch` rows are of all devices, and
+    `capacity` is that of experts; 0 drops nothing.
     """
 
     model: str = ""
@@ -43,6 +45,7 @@ class Request:
     dtypes: str = ""
     remat: str = "none"
     chunk: int = 0
+    capacity: float = 0.0
     stacked: bool = True
     quantise: str = ""
     options: str = "none"
@@ -54,6 +57,8 @@ class Request:
             raise unknown("--program", self.program, PROGRAMS)
         if self.remat != "none" and self.remat not in REMAT:
             raise unknown("--remat", self.remat, ("none", *REMAT))
+        if self.capacity and self.decoder.moe is None:
+            raise InputError(f"--capacity={self.capacity:g} is of experts, and this model has none: leave it out.")
         parse_options(self.options)
 
     @property
@@ -90,7 +95,8 @@ class Request:
             return programs.prefill_layer(config, mesh, batch=self.batch, length=self.length)
         return programs.train_step(
             config, mesh, batch=self.batch, length=self.length, optimizer=self.optimizer,
-            remat=None if self.remat == "none" else self.remat, chunk=self.chunk or None, stacked=self.stacked,
+            remat=None if self.remat == "none" else self.remat, chunk=self.chunk or None,
+            experts=Sorted(capacity=self.capacity) if self.capacity else None, stacked=self.stacked,
         )  # fmt: skip
 
     def _default_axes(self) -> dict[str, int]:

@@ -16,6 +16,7 @@ from jaxfw.core.shapes import PyTree
 from jaxfw.core.sharding import shardings, state_shardings
 from jaxfw.models import DecoderConfig, attention_spec, first_step, forward, init, layer, stack_layers
 from jaxfw.models.cache import Cache, FullCache
+from jaxfw.models.routing import Experts
 from jaxfw.models.sharding import ROUTER_STATES, batch_shardings, cache_shardings, decoder_rules
 from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step
 from jaxfw.weights import abstract_params
@@ -50,6 +51,7 @@ def train_step(
     optimizer: OptimizerConfig | None = None,
     remat: str | None = None,
     chunk: int | None = None,
+    experts: Experts | None = None,
     stacked: bool = False,
 ) -> Program:
     """One update of `batch` rows of `length` tokens, on all devices together; the state is donated.
@@ -60,7 +62,7 @@ def train_step(
     _check_length(config, length)
     _check_rows(mesh, batch)
     made = make_optimizer(optimizer or OptimizerConfig(), steps=10_000)
-    loss = NextTokenLoss(config, remat=remat, chunk=chunk)
+    loss = NextTokenLoss(config, experts=experts, remat=remat, chunk=chunk)
 
     def first() -> Any:
         params = init(config, jax.random.key(0))
