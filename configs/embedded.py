@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.rows.english = by_stage(0.05, 0.1, 0.1)
 
     c.lessons = ConfigDict()  # shares of the documents
-    c.lessons.statements = 0.12
+    c.lessons.statements = by_stage(0.12, 0.12, 0.08)
     c.lessons.facts = 0.14
     c.lessons.composition = 0.12
     c.lessons.arithmetic = 0.14
@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.lessons.safety = 0.08
     c.lessons.retrieval = 0.1
     c.lessons.long_output = 0.12
-    c.lessons.rule = 0.06
+    c.lessons.rule = by_stage(0.06, 0.06, 0.1)
 
     c.model = ConfigDict()
     c.model.vocab = 1536
