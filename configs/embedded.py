@@ -68,11 +68,11 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.clip_norm = 1.0
 
     c.train = ConfigDict()
-    c.train.steps = by_stage(600, 3000, 600)
+    c.train.steps = by_stage(600, 3000, 400)
     c.train.batch = by_stage(64, 16, 8)
     c.train.length = by_stage(64, 256, 1024)
     c.train.log_every = 25
-    c.train.evaluate_every = by_stage(600, 500, 300)
+    c.train.evaluate_every = by_stage(600, 500, 200)
     c.train.save_every = by_stage(300, 500, 200)
     c.train.asked = by_stage(32, 64, 64)
     c.train.final = by_stage(32, 100, 500)
