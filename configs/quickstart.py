@@ -22,8 +22,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.baseline = "bigram"  # what the model must beat on held-out text: bigram or unigram
 
     c.abilities = ConfigDict()
-    c.abilities.model = "embedded-0"  # or a Hugging Face directory
-    c.abilities.tasks = ("facts", "composition", "arithmetic", "safety", "long_output")
+    c.abilities.model = "embedded-1"  # or a Hugging Face directory
+    c.abilities.tasks = ("facts", "composition", "arithmetic", "code", "safety", "retrieval", "long_output")
     c.abilities.asked = 100
     c.abilities.question = "627 + 485"
 

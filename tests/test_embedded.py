@@ -8,11 +8,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import embedded as config
-from experiments.embedded import EMBEDDING_STD, EmbeddedConfig, LessonShares, batches, fresh
+from experiments.embedded import EMBEDDING_STD, EmbeddedConfig, LessonShares, batches, fresh, lessons
 from experiments.embedded.lessons import CHAT_TEMPLATE, STATEMENTS, Lessons, encode, known_person, solved
 from jaxfw.core.config import to_dataclass
 from jaxfw.data import train_bpe
-from jaxfw.evals import TASKS, items, side, world
+from jaxfw.evals import TASKS, draw, items, side, world
 from jaxfw.evals.shots import few_shot
 from jaxfw.evals.tasks.knowledge import QUESTIONS
 from jaxfw.launch import main
@@ -26,8 +26,8 @@ TOKENIZER = train_bpe(TEXTS, vocab_size=500, single_digits=True, chat_template=C
 def stream():
     """Texts of many lessons."""
     shares = {name: 1.0 for name in (*TASKS, STATEMENTS)}
-    lessons = Lessons(TOKENIZER, shares, 1000)
-    return [TOKENIZER.decode(lessons(np.random.default_rng(seed))[0]) for seed in range(3000)]
+    drawn = Lessons(TOKENIZER, shares, 1000)
+    return [TOKENIZER.decode(drawn(np.random.default_rng(seed))[0]) for seed in range(3000)]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -91,6 +91,21 @@ def test_shots_and_levels_and_statements_all_come_up():
     told = {text for seed in range(2000) for text, _ in known_person(np.random.default_rng(seed))}
     assert sum(" lies in " in text for text in told) >= world.TOWNS - 2
     assert sum(text.count(".") == 4 for text in told) > 500
+
+
+def test_some_hardest_levels_are_beyond_every_lesson(monkeypatch):
+    drawn: dict[str, set[int]] = {}
+
+    def recorded(task, rng, level, split):
+        drawn.setdefault(task.name, set()).add(level)
+        return draw(task, rng, level, split)
+
+    monkeypatch.setattr(lessons, "draw", recorded)
+    for name, task in TASKS.items():
+        for seed in range(150):
+            lessons.solved(np.random.default_rng(seed), name)
+        assert drawn[name] == set(task.levels) - {lessons.BEYOND.get(name)}
+        assert lessons.BEYOND.get(name, task.levels[-1]) == task.levels[-1]
 
 
 def test_of_a_rule_what_could_be_known_is_learned():

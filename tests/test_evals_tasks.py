@@ -131,9 +131,7 @@ def test_the_world_has_no_favourites():
         while at not in seen:
             seen.add(at)
             at = world.fact("superior", at)
-        assert seen == set(group.tolist()), (
-            "one cycle: no chain comes back early or leaves its group"
-        )
+        assert seen == set(group.tolist()), "one cycle: no chain comes back early or leaves its group"
     assert len({*world.people(), *world.towns(), *world.regions()}) == world.PEOPLE + world.TOWNS + world.REGIONS
 
 

@@ -58,7 +58,7 @@ def test_the_code_runs_in_the_order_in_which_it_stands(tmp_path):
     commands = [
         line.split("  ")[0].replace("--n=100", "--n=4")
         for line in SHELL.splitlines()
-        if any(word in line for word in ("runs/quickstart/model", "runs/half", "runs/pretrain", "embedded-0"))
+        if any(word in line for word in ("runs/quickstart/model", "runs/half", "runs/pretrain", "embedded-1"))
     ]
     assert len(commands) == 9
     examples = "\n".join(re.findall(r"```python\n(.*?)```", TRAINING, flags=re.S))

@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 
 from experiments.embedded import HELD_OUT
+from experiments.embedded.lessons import BEYOND
 from experiments.perplexity import score as score_windows
 from jaxfw.core.runtime import enable_compilation_cache, environment
 from jaxfw.core.workdir import replace_text, write_json
@@ -32,7 +33,7 @@ from jaxfw.report import ratio_interval
 from jaxfw.weights import model_sha256
 from jaxfw.weights.shipped import located
 
-MODEL = "embedded-0"
+MODEL = "embedded-1"
 RESULT = Path(__file__).parents[1] / "results" / "embedded.json"
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 SHOTS = 4
@@ -91,7 +92,8 @@ def card_text(found: Mapping[str, Any]) -> str:
     """The card, from what `experiments/results/embedded.json` holds."""
     page = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     page.filters["interval"] = lambda x: f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
-    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(found)
+    *some, last = BEYOND
+    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(found, beyond=f"{', '.join(some)} and {last}")
 
 
 def main() -> int:

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Float, Int
 from jaxfw.data import Tokenizer, stdlib_docstrings
-from jaxfw.evals import TASKS, Item, Task, draw, side, world
+from jaxfw.evals import TASKS, Item, draw, side, world
 from jaxfw.evals.tasks.knowledge import PERSONAL, statement
 from jaxfw.evals.tasks.retrieval import same_context
 
@@ -19,6 +20,7 @@ MOST_SHOTS = 4
 MOST_QUESTIONS = 7  # about one context, beyond the first
 EASE = 0.6  # each level is drawn so many times as often as the easier one before it,
 FAME_EASE = 0.35  # and each group of people as often as the better known one
+BEYOND = MappingProxyType({"composition": 16, "arithmetic": 10, "long_output": 32})  # levels that no lesson has
 VOCABULARY_ITEMS = 400  # of each task at each level, from which the tokenizer learns its words
 
 TRIES = 1000  # until a lesson fits into a row
@@ -75,7 +77,8 @@ def falling(levels: int, by: float = EASE) -> Float[np.ndarray, "levels"]:
 def solved(rng: np.random.Generator, name: str) -> list[Piece]:
     """An item behind shots of its own level, or none, all with their answers; of retrieval, with more questions."""
     task = TASKS[name]
-    level = int(rng.choice(task.levels, p=_level_shares(task)))
+    levels = [level for level in task.levels if level != BEYOND.get(name)]
+    level = int(rng.choice(levels, p=_level_shares(name, len(levels))))
     if name == "rule":
         return _applied(draw(task, rng, level, "train"))
     count = 0 if rng.random() < SOLO else int(rng.integers(1, MOST_SHOTS + 1))
@@ -97,10 +100,10 @@ def _applied(item: Item) -> list[Piece]:
     return pieces
 
 
-def _level_shares(task: Task) -> Float[np.ndarray, "levels"]:
+def _level_shares(name: str, levels: int) -> Float[np.ndarray, "levels"]:
     """Easy levels more often than hard ones; of the rule, which few shots do not tell, rather many."""
-    shares = falling(len(task.levels), FAME_EASE if task.name == "facts" else EASE)
-    return shares[::-1] if task.name == "rule" else shares
+    shares = falling(levels, FAME_EASE if name == "facts" else EASE)
+    return shares[::-1] if name == "rule" else shares
 
 
 def _others(rng: np.random.Generator, item: Item) -> list[Item]:

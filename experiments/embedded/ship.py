@@ -1,6 +1,6 @@
 """A trained stage as the model that comes with jaxfw: tensors of 16 bits, meant for arithmetic in 32.
 
-    python -m experiments.embedded.ship runs/stage-4 jaxfw/weights/embedded-2
+    python -m experiments.embedded.ship runs/stage-3 jaxfw/weights/embedded-2
 
 The target is a new folder: a model that figures rest on is never made again in its place.
 """

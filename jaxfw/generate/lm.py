@@ -306,7 +306,7 @@ def load(
 ) -> LM:
     """A Hugging Face model directory as an `LM`; the keywords are those of `jaxfw.weights.load`, and an `adapter`.
 
-    `load("embedded-0")` is the small model that comes with jaxfw, with abilities that can be measured.
+    `load("embedded-1")` is the small model that comes with jaxfw, with abilities that can be measured.
 
     An `adapter` is a directory that PEFT, or a training run, wrote for this model. It is kept beside the model's
     matrices, which may be quantised; `python -m jaxfw.weights export` merges the two instead.

@@ -80,7 +80,7 @@ def load(
 
     Args:
         directory: holds config.json and model.safetensors, or shards with an index; or the name of a model that comes
-            with jaxfw, "embedded-0".
+            with jaxfw, "embedded-1".
         mesh: where the parameters go; None is the default device.
         param_dtype: what parameters are kept in; None keeps each tensor as it is stored, or in float32 where
             config.json's `dtype` says so of narrower tensors.

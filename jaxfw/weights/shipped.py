@@ -4,14 +4,14 @@ import hashlib
 import os
 from pathlib import Path
 
-SHIPPED = ("embedded-0",)
+SHIPPED = ("embedded-1",)
 
 
 def located(directory: str | Path) -> Path:
     """The directory, or where a model of that name lies in this package.
 
-    >>> located("embedded-0").parts[-3:]
-    ('jaxfw', 'weights', 'embedded-0')
+    >>> located("embedded-1").parts[-3:]
+    ('jaxfw', 'weights', 'embedded-1')
     """
     is_name = str(directory) in SHIPPED and not os.path.isdir(directory)
     return Path(__file__).parent / str(directory) if is_name else Path(directory)

@@ -10,13 +10,13 @@ from jaxfw.weights.shipped import located
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-DIRECTORY = located("embedded-0")
+DIRECTORY = located("embedded-1")
 
 
 @pytest.fixture(scope="module")
 def both():
     theirs = transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY)
-    return jaxfw.load("embedded-0"), theirs.eval(), transformers.AutoTokenizer.from_pretrained(DIRECTORY)
+    return jaxfw.load("embedded-1"), theirs.eval(), transformers.AutoTokenizer.from_pretrained(DIRECTORY)
 
 
 def test_it_loads_in_float32_with_the_same_tokens(both):

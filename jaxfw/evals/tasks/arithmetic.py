@@ -27,7 +27,7 @@ class Arithmetic:
     """a + b, both with `level` digits; held out is the pair, in whichever order."""
 
     name: str = "arithmetic"
-    levels: tuple[int, ...] = (2, 3, 4, 6)
+    levels: tuple[int, ...] = (2, 3, 4, 6, 10)
     standard: int = 3
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:

@@ -63,7 +63,7 @@ class Composition:
     """
 
     name: str = "composition"
-    levels: tuple[int, ...] = (2, 3, 4, 8)
+    levels: tuple[int, ...] = (2, 3, 4, 8, 16)
     standard: int = 2
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:

@@ -16,7 +16,7 @@ class LongOutput:
     """
 
     name: str = "long_output"
-    levels: tuple[int, ...] = (2, 4, 8, 16)
+    levels: tuple[int, ...] = (2, 4, 8, 16, 32)
     standard: int = 8
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
