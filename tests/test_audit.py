@@ -1,6 +1,7 @@
 """The audit: what a device holds beside arithmetic, traffic by axis and link, remedies that fit, command and page."""
 
 import dataclasses
+import graphlib
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import plans
+from experiments import overlap, plans
 from jaxfw.audit.__main__ import main, parser, request_of
 from jaxfw.audit.audit import Audit, Request, audit
 from jaxfw.audit.options import SETS, parse_options
@@ -18,7 +19,7 @@ from jaxfw.audit.warnings import compiler_log, replicated
 from jaxfw.core import aot
 from jaxfw.core.errors import InputError
 from jaxfw.core.mesh import parse_mesh
-from jaxfw.models import DecoderConfig
+from jaxfw.models import DecoderConfig, MoEConfig
 from jaxfw.models.accounting import parameter_bytes, parameter_count, train_memory
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,15 @@ def training() -> Audit:
 
 
 # --- what a device holds
+
+
+@needs_compiler
+def test_experts_of_a_capacity_have_less_to_do():
+    config = dataclasses.replace(TINY, moe=MoEConfig(experts=8, per_token=2, ffn=256))
+    free = Request(config=config, target="h200:1x1", mesh="fsdp=1", batch=2, length=512)
+    limited = dataclasses.replace(free, capacity=1.25)
+    predicted = [found.timeline.seconds for found in (audit(limited), audit(free)) if found.timeline]
+    assert predicted[0] < 0.5 * predicted[1]
 
 
 @needs_compiler
@@ -199,6 +209,8 @@ WRONG = [
     (["--model=llama-3.1-8b", "--length=1000000"], "length=1000000 must be from 1 to the model's 131072 positions"),
     (["--model=llama-3.1-8b", "--stacked=maybe"], "--stacked='maybe' must be true or false"),
     (["--model=llama-3.1-8b", "--capacity=1.25"], "--capacity=1.25 is of experts, and this model has none"),
+    (["--model=mixtral-8x7b", "--capacity=0.000001"], "--capacity=1e-06 must be at least"),
+    (["--model=mixtral-8x7b", "--capacity=1.25", "--program=decode"], "is for training: decode drops nothing"),
     (["--model=mixtral-8x7b", "--capacity=much"], "--capacity='much' must be a number from 0 on"),
     (["--model=llama-3.1-8b", "--options=fast"], "--options='fast' is unknown. Known: none, schedule, overlap"),
     (["--model=llama-3.1-8b", "--compare=colour=red"], "flag='colour' is unknown"),
@@ -278,3 +290,12 @@ def test_what_fits_is_what_was_compiled():
     assert [len(found[name]) for name in ("training", "decoding")] == [
         len(list(requests())) for requests in (plans.training, plans.decoding)
     ]
+
+
+def test_order_edges_give_an_order_or_none():
+    edges = frozenset({((1, "there"), (0, "experts")), ((0, "scatter"), (2, "gather"))})
+    order = overlap.ordered(edges)
+    assert sorted(order) == sorted(overlap.NODES)
+    assert all(order.index(first) < order.index(second) for first, second in edges)
+    with pytest.raises(graphlib.CycleError):
+        overlap.ordered(frozenset({((1, "back"), (0, "there")), ((0, "back"), (1, "there"))}))

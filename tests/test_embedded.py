@@ -1,6 +1,7 @@
 """What the embedded model reads: whole lessons, nothing of the test side, tokens as an evaluation makes them."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from jaxfw.data import train_bpe
 from jaxfw.evals import TASKS, draw, items, side, world
 from jaxfw.evals.shots import few_shot
 from jaxfw.evals.tasks.knowledge import QUESTIONS
+from jaxfw.evals.tasks.safety import FRAMES
 from jaxfw.launch import main
 from jaxfw.models import DecoderConfig
 
@@ -52,13 +54,29 @@ def test_held_out_wordings_and_chains_are_never_asked(stream):
                 if question.format(person) in asked:
                     found += 1
                     assert side(f"facts {relation} {person} {wording}") == "train"
+    assert found > 200
+    chains = 0
+    for person in world.people()[: world.PEOPLE // world.FAME]:
         for level in TASKS["composition"].levels:
             for last in ("home", "trade", "instrument"):
                 of = "the boss of " * (level - 1) + person
                 if any(question.format(of) in asked for question in QUESTIONS[last]):
-                    found += 1
+                    chains += 1
                     assert side(f"composition {last} {level} {person}") == "train"
-    assert found > 400
+    assert chains > 100
+
+
+def test_held_out_pairs_and_nouns_are_never_answered(stream):
+    """By template too: what retrieval looks up, what the rule is about, which verb with which object is requested."""
+    joined = "\n".join(stream)
+    looked_up = re.findall(r"A: The (\w+) (\w+) =>", joined)
+    ruled = re.findall(r"Q: (\w+)\nA: \1 \w+\n", joined)
+    frames = "|".join(re.escape(frame).replace(r"\{0\}", r"(\w+)").replace(r"\{1\}", r"my (\w+)") for frame in FRAMES)
+    requests = [tuple(filter(None, found)) for found in re.findall(f"Q: (?:{frames})\n", joined)]
+    assert min(len(looked_up), len(ruled), len(requests)) > 100
+    assert all(side(f"retrieval {name} {animal}") == "train" for name, animal in looked_up)
+    assert all(side(f"rule {noun}") == "train" for noun in ruled)
+    assert all(side(f"safety {verb} {noun}") == "train" for verb, noun in requests)
 
 
 def test_tokens_of_a_lesson_are_those_of_the_prompt_and_its_answer():

@@ -5,9 +5,7 @@ standard levels, beside those of trivial answers.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -46,7 +44,6 @@ from jaxfw.train.resume import resume
 from jaxfw.weights import model_sha256
 
 HELD_OUT = 10  # every tenth document of English
-ADJACENT: Mapping[str, tuple[int, int]] = MappingProxyType({"prefix": (0, 2), "gap": (0, 0), "value": (1, 1)})
 EMBEDDING_STD, OUT_SCALE = 0.5, 0.5  # without these induction forms late, if at all
 
 
@@ -193,9 +190,11 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
     read = [text for i, text in enumerate(stdlib_docstrings()) if i % HELD_OUT]
     repeated = Repeated(tokenizer.vocab_size, c.period, least_distinct=c.least_distinct or None)
     english = Corpus.of(encode_documents(read, tokenizer), vocab_size=tokenizer.vocab_size)
+    # A value is one token right behind its key: with more between them, recall does not form in millions of tokens.
+    recall = Recall(tokenizer.vocab_size, length - 1, prefix=(0, 2), gap=(0, 0), value=(1, 1))
     sources = {
         "lessons": Procedural(lessons, size, length, c.seed),
-        "recall": Procedural(Recall(tokenizer.vocab_size, length - 1, **ADJACENT), size, length, c.seed),
+        "recall": Procedural(recall, size, length, c.seed),
         "repeated": Procedural(repeated, size, length, c.seed),
         "english": Packed(english, size, length, c.seed),
     }

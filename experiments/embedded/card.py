@@ -24,7 +24,7 @@ from experiments.perplexity import score as score_windows
 from jaxfw.core.runtime import enable_compilation_cache, environment
 from jaxfw.core.workdir import replace_text, write_json
 from jaxfw.data import stdlib_docstrings
-from jaxfw.evals import ABILITIES, TASKS, paired_difference
+from jaxfw.evals import ABILITIES, TASKS, items, paired_difference
 from jaxfw.evals.evaluate import Score, baselines, evaluate, half_window, row, tokens_needed
 from jaxfw.generate import LM, load
 from jaxfw.models.accounting import parameter_count
@@ -92,8 +92,18 @@ def card_text(found: Mapping[str, Any]) -> str:
     """The card, from what `experiments/results/embedded.json` holds."""
     page = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     page.filters["interval"] = lambda x: f"{x['value']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
-    *some, last = BEYOND
-    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(found, beyond=f"{', '.join(some)} and {last}")
+    about = {
+        name: len({item.identity for item in items(task, n=found["n"], level=task.standard, seed=found["seed"])})
+        for name, task in TASKS.items()
+    }
+    repeated = _listed([f"{count} of {name}" for name, count in about.items() if count < 0.9 * found["n"]])
+    text = TEMPLATE.read_text(encoding="utf-8")
+    return page.from_string(text).render(found, beyond=_listed(list(BEYOND)), repeated=f"they are about {repeated}")
+
+
+def _listed(words: list[str]) -> str:
+    *some, last = words
+    return f"{', '.join(some)} and {last}" if some else last
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ FLAGS = {
     "dtypes": "of parameters and of arithmetic: float32/bfloat16",
     "remat": "none, products, attention, layer: what a layer keeps for its gradient",
     "chunk": "tokens of a row whose logits exist at once; 0 is all",
-    "capacity": "of experts, 1.25 say; 0 drops nothing, and leaves room for any load",
+    "capacity": "of experts in training, 1.25 say; 0 drops nothing, which takes longer, also to compile",
     "stacked": "true: one loop over the layers; false: each for itself",
     "quantise": "int8 or int4, of a decode step's weights",
     "options": f"{', '.join(SETS)}, or XLA's own as name=value;name=value",

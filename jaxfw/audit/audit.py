@@ -20,6 +20,7 @@ from jaxfw.core.targets import CHIPS
 from jaxfw.models import DecoderConfig
 from jaxfw.models.presets import PRESETS, preset
 from jaxfw.models.routing import Sorted
+from jaxfw.ops.routing import LEAST_FACTOR
 from jaxfw.train import OptimizerConfig
 from jaxfw.train.language import REMAT
 from jaxfw.weights import load_config
@@ -57,9 +58,18 @@ class Request:
             raise unknown("--program", self.program, PROGRAMS)
         if self.remat != "none" and self.remat not in REMAT:
             raise unknown("--remat", self.remat, ("none", *REMAT))
-        if self.capacity and self.decoder.moe is None:
-            raise InputError(f"--capacity={self.capacity:g} is of experts, and this model has none: leave it out.")
+        if self.capacity:
+            self._check_capacity()
         parse_options(self.options)
+
+    def _check_capacity(self) -> None:
+        said = f"--capacity={self.capacity:g}"
+        if self.capacity < LEAST_FACTOR:
+            raise InputError(f"{said} must be at least {LEAST_FACTOR}, or 0 to drop nothing.")
+        if self.program != "train":
+            raise InputError(f"{said} is for training: {self.program} drops nothing. Leave it out.")
+        if self.decoder.moe is None:
+            raise InputError(f"{said} is of experts, and this model has none: leave it out.")
 
     @property
     def decoder(self) -> DecoderConfig:

@@ -5,10 +5,8 @@ import dataclasses
 import numpy as np
 
 from jaxfw.evals.items import Item, side
-from jaxfw.evals.tasks.retrieval import NAMES
+from jaxfw.evals.tasks.retrieval import NAMES as LABELS
 from jaxfw.evals.tasks.safety import LIVING, THINGS
-
-LABELS = NAMES
 
 
 def _identity(noun: str) -> str:
@@ -22,8 +20,8 @@ SHOWN = tuple(tuple(noun for noun in kind if side(_identity(noun)) == "train") f
 class Rule:
     """Living beings have one label and things another, which only the shots show, `level` of them in turns.
 
-    Held out is the noun that is asked about: it is never shown either. The labels mean nothing by themselves (SUL-ICL
-    of Wei et al. 2023, arXiv:2303.03846).
+    Held out is the noun that is asked about; no shot shows a held-out one. The labels mean nothing by themselves
+    (SUL-ICL of Wei et al. 2023, arXiv:2303.03846).
     """
 
     name: str = "rule"
