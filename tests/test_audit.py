@@ -38,9 +38,10 @@ def training() -> Audit:
 # --- what a device holds
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_experts_of_a_capacity_have_less_to_do():
-    config = dataclasses.replace(TINY, moe=MoEConfig(experts=8, per_token=2, ffn=256))
+    config = dataclasses.replace(TINY, layers=1, moe=MoEConfig(experts=8, per_token=2, ffn=256))
     free = Request(config=config, target="h200:1x1", mesh="fsdp=1", batch=2, length=512)
     limited = dataclasses.replace(free, capacity=1.25)
     predicted = [found.timeline.seconds for found in (audit(limited), audit(free)) if found.timeline]
@@ -181,6 +182,7 @@ def test_candidates_keep_what_was_asked_and_grow():
 # --- the command
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_command_compares_and_leaves_a_page(tmp_path, capsys):
     out = tmp_path / "audit"
