@@ -160,3 +160,10 @@ def test_what_would_give_a_wrong_figure_is_refused(entry, options, message):
     with pytest.raises(InputError) as caught:
         replay(module(*entry, more=options.pop("more", "")), SLOW, **options)
     assert message in str(caught.value)
+
+
+def test_a_kernel_that_starts_beside_others_is_played_in_turn():
+    doubled = "%doubled (x: f32[2]) -> f32[2] {\n  %x = f32[2]{0} parameter(0)\n  ROOT %y = f32[2]{0} add(%x, %x)\n}\n"
+    begun = "%f = ((f32[2]{0}), f32[2]{0}, s32[]) fusion-start(%p), kind=kLoop, calls=%doubled"
+    text = module(begun, kernel("k"), "%g = f32[2]{0} fusion-done(%f)", more=doubled)
+    assert replay(text, SLOW, gpus_per_host=2).seconds == 16 + 16

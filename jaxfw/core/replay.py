@@ -193,6 +193,10 @@ class _Player:
             self._longest([name for names in i.called.values() for name in names])
         elif opcode == "call":
             self.play(i.called["to_apply"][0])
+        elif opcode == "fusion-start":
+            # A kernel that starts beside others shares their processors and memory: as if in turn.
+            self._kernel(dataclasses.replace(i, opcode="fusion", line=i.line.replace(" fusion-start(", " fusion(", 1)))
+            self.ends[i.name] = self.clock
         elif opcode.endswith("-start"):
             self._start(i)
         elif opcode.endswith("-done"):
