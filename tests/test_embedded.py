@@ -56,7 +56,7 @@ def test_held_out_wordings_and_chains_are_never_asked(stream):
                     assert side(f"facts {relation} {person} {wording}") == "train"
     assert found > 200
     chains = 0
-    for person in world.people()[: world.PEOPLE // world.FAME]:
+    for person in world.people()[: world.PEOPLE // world.FAME_GROUPS]:
         for level in TASKS["composition"].levels:
             for last in ("home", "trade", "instrument"):
                 of = "the boss of " * (level - 1) + person

@@ -126,7 +126,7 @@ def test_the_world_has_no_favourites():
     for relation in ("home", "trade", "instrument"):
         counts = np.unique([world.fact(relation, person) for person in world.people()], return_counts=True)[1]
         assert counts.min() == counts.max() == world.PEOPLE // len(world.values(relation))
-    for group in np.split(np.array(world.people()), world.FAME):
+    for group in np.split(np.array(world.people()), world.FAME_GROUPS):
         at, seen = str(group[0]), set()
         while at not in seen:
             seen.add(at)

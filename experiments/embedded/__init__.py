@@ -190,7 +190,7 @@ def batches(c: EmbeddedConfig, tokenizer: Tokenizer) -> Mixture:
     read = [text for i, text in enumerate(stdlib_docstrings()) if i % HELD_OUT]
     repeated = Repeated(tokenizer.vocab_size, c.period, least_distinct=c.least_distinct or None)
     english = Corpus.of(encode_documents(read, tokenizer), vocab_size=tokenizer.vocab_size)
-    # A value is one token right behind its key: with more between them, recall does not form in millions of tokens.
+    # A value is one token right behind its key, as in the lessons: looking further behind is much harder to learn.
     recall = Recall(tokenizer.vocab_size, length - 1, prefix=(0, 2), gap=(0, 0), value=(1, 1))
     sources = {
         "lessons": Procedural(lessons, size, length, c.seed),

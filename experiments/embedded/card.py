@@ -1,6 +1,6 @@
 """What the embedded model can do, measured: `experiments/results/embedded.json`, and the card beside its weights.
 
-    python -m experiments.embedded.card                  # about ten minutes on two cores
+    python -m experiments.embedded.card                  # a quarter of an hour on two cores
     python -m experiments.embedded.card --from-results   # only writes the card anew
 
 Every task at every level; four solved examples against none; a sliding cache of half the size against the full one;

@@ -120,8 +120,8 @@ def known_person(rng: np.random.Generator) -> list[Piece]:
     if rng.random() < 0.05:
         town = world.towns()[int(rng.integers(world.TOWNS))]
         return [(statement("region", town) + "\n", 1.0)]
-    group = int(rng.choice(world.FAME, p=falling(world.FAME, FAME_EASE)))
-    size = world.PEOPLE // world.FAME
+    group = int(rng.choice(world.FAME_GROUPS, p=falling(world.FAME_GROUPS, FAME_EASE)))
+    size = world.PEOPLE // world.FAME_GROUPS
     person = world.people()[group * size + int(rng.integers(size))]
     facts = [statement(relation, person) for relation in rng.permutation(PERSONAL)]
     return [(" ".join(facts) + "\n", 1.0)]

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 
 PEOPLE, TOWNS, REGIONS = 720, 24, 6
-FAME = 4  # groups of people, each less known than the one before
+FAME_GROUPS = 4  # of people, each less known than the one before
 TRADES = (
     "baker", "smith", "judge", "nurse", "pilot", "miner", "tailor", "farmer", "painter", "sailor", "teacher", "cook",
 )  # fmt: skip
@@ -51,7 +51,7 @@ def _table() -> dict[str, dict[str, str]]:
     everyone = people()
     shift = int(rng.integers(1, PEOPLE))
     superior: dict[str, str] = {}
-    for group in np.split(np.array(everyone), FAME):
+    for group in np.split(np.array(everyone), FAME_GROUPS):
         # Bosses are as well known as those who report to them, and chains of them are a cycle: none meets one twice.
         order = rng.permutation(group).tolist()
         superior |= dict(zip(order, [*order[1:], order[0]], strict=True))

@@ -37,11 +37,11 @@ class Facts:
     """
 
     name: str = "facts"
-    levels: tuple[int, ...] = tuple(range(1, world.FAME + 1))
+    levels: tuple[int, ...] = tuple(range(1, world.FAME_GROUPS + 1))
     standard: int = 1
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
-        group = world.PEOPLE // world.FAME
+        group = world.PEOPLE // world.FAME_GROUPS
         person = world.people()[int(rng.integers((level - 1) * group, level * group))]
         relation = PERSONAL[int(rng.integers(len(PERSONAL)))]
         wording = int(rng.integers(len(QUESTIONS[relation])))
@@ -67,7 +67,7 @@ class Composition:
     standard: int = 2
 
     def draw(self, rng: np.random.Generator, level: int) -> Item:
-        person = world.people()[int(rng.integers(world.PEOPLE // world.FAME))]
+        person = world.people()[int(rng.integers(world.PEOPLE // world.FAME_GROUPS))]
         last = ("home", "trade", "instrument")[int(rng.integers(3))]
         steps, at = [], person
         for _ in range(level - 1):
