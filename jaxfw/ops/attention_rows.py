@@ -2,7 +2,7 @@
 
 A query's weights are exp(logit - lse), with lse the log of its sum of exponentials (FlashAttention, arXiv:2205.14135):
 rows of chosen queries are recomputed from q, k and lse, and sums over all queries from a block of them at a time. Key
-slot s holds position s; everything is float32, whatever the dtype of q and k.
+slot s holds position s; everything is float32, or q's dtype where that is wider.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ def attention_summary(
     at = jnp.arange(T, dtype=jnp.int32)
     positions = jnp.where(at < lengths[:, None], at, -1)
     mass, (entropy, on) = _over_blocks(
-        block, jnp.zeros((B, H, S), jnp.float32), (q, lse, positions), size=_block_size(q, k)
+        block, jnp.zeros((B, H, S), _wide(q)), (q, lse, positions), size=_block_size(q, k)
     )
     return Summary(mass, entropy.swapaxes(1, 2), None if on is None else on.swapaxes(1, 2))
 
@@ -134,13 +134,17 @@ def _membership(regions, n_regions: int | None, shape: tuple[int, int]) -> Float
     return jax.nn.one_hot(regions, n_regions, dtype=jnp.float32)
 
 
+def _wide(q: Array) -> Any:
+    return jnp.promote_types(q.dtype, jnp.float32)
+
+
 def _logits(q, k, positions, scale, window) -> tuple[Float[Array, "B K G T S"], Bool[Array, "B 1 1 T S"]]:
     """Logits of queries at `positions` [B T] or [1 T] to key slots 0..S-1, and which of them count."""
     B, T, H, d = q.shape
     K, S = k.shape[1:3]
     grouped = q.reshape(B, T, K, H // K, d)
     logits = jnp.einsum(
-        "BTKGd,BKSd->BKGTS", grouped, k, preferred_element_type=jnp.float32, precision="highest"
+        "BTKGd,BKSd->BKGTS", grouped, k, preferred_element_type=_wide(q), precision="highest"
     )  # fmt: skip
     slots, positions = jnp.arange(S), positions[:, :, None]
     visible = slots <= positions if window is None else (slots <= positions) & (slots > positions - window)
@@ -152,7 +156,7 @@ def _weights(q, k, lse, positions, scale, window) -> tuple[Float[Array, "B K G T
     B, T, H, _ = q.shape
     K = k.shape[1]
     logits, visible = _logits(q, k, positions, scale, window)
-    lse = lse.astype(jnp.float32).reshape(B, T, K, H // K).transpose(0, 2, 3, 1)[..., None]
+    lse = lse.astype(logits.dtype).reshape(B, T, K, H // K).transpose(0, 2, 3, 1)[..., None]
     surprise = jnp.where(visible, lse - logits, 0)
     return jnp.where(visible, jnp.exp(-surprise), 0), surprise
 
