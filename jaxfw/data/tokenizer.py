@@ -56,6 +56,25 @@ class Tokenizer:
                 f"text={text!r:.80} holds lone surrogates, which are no characters: replace them."
             ) from None
 
+    def unit_ids(self, text: str, spans: Sequence[tuple[int, int]], *, add_special_tokens: bool = True) -> list[int]:
+        """The span of characters [begin, end) that each token of `encode(text)` is in, by its number; -1 for none.
+
+        A token belongs to where its first character stands; what is put around the text belongs to no span.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        found = [-1] * len(encoding.ids)
+        # Special tokens that were put around the text have no place in it, which the library writes as (0, 0).
+        starts = [
+            (i, begin)
+            for i, ((begin, _), special) in enumerate(zip(encoding.offsets, encoding.special_tokens_mask, strict=True))
+            if not special
+        ]
+        for number, (begin, end) in enumerate(spans):
+            for i, at in starts:
+                if begin <= at < end:
+                    found[i] = number
+        return found
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; U+FFFD stands for bytes that are no character."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

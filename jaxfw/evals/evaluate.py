@@ -67,7 +67,8 @@ def evaluate(
         seed: of items and shots.
         batch: prompts that are answered together; those of like length are.
         choosing: take the likeliest of the items' choices, without working, instead of what the model writes.
-        values: policy, taps, router and others of `LM.generate`.
+        values: kv, protocol, policy, taps, router and others of `LM.generate`; units are the examples, and the lines of
+            a question's context.
 
     Raises:
         InputError: a prompt with its answer exceeds the model's context, there are not so many items, or they have no
@@ -79,6 +80,10 @@ def evaluate(
         raise InputError(f"batch={batch} must be at least 1.")
     level = task.standard if level is None else level
     asked, prompts = questions(task, n=n, level=level, shots=shots, seed=seed)
+    if choosing and values.get("protocol") == "ctx":
+        raise InputError(
+            "protocol='ctx' does not go with choosing=True, which reads prompts as a whole: take 'refeed'."
+        )
     if choosing:
         outputs = [
             item.choices[choose(lm, prompt, item, **values)] for item, prompt in zip(asked, prompts, strict=True)
@@ -135,7 +140,9 @@ def answer(
         here = order[begin : begin + batch]
         texts = [prompts[i].text for i in here]
         texts += texts[-1:] * (batch - len(here))  # a batch of another size would be compiled anew
-        made = lm.generate(texts, max_new_tokens=most, stop="\n", **values)
+        units = [prompts[i].units for i in here]
+        units += units[-1:] * (batch - len(here))
+        made = lm.generate(texts, max_new_tokens=most, stop="\n", units=units, **values)
         for i, text in zip(here, made):
             outputs[i] = text
     return outputs

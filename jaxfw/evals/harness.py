@@ -31,10 +31,12 @@ except ImportError as error:
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.mesh import constrain
 from jaxfw.core.shapes import Array, Bool, Float, Int, PyTree
+from jaxfw.evals.compressed import score_texts
+from jaxfw.generate.compression import CutsTexts, reading, with_policy
 from jaxfw.generate.lm import LM, load
 from jaxfw.generate.prompts import pack
 from jaxfw.models import DecoderConfig, embed, first_step, head, trunk
-from jaxfw.models.cache import Cache, FullCache, Step
+from jaxfw.models.cache import Cache, CachePolicy, FullCache, Step
 from jaxfw.ops.losses import token_log_probs
 
 LOGIT_TOKENS = 1024  # whose logits are alive at once
@@ -60,6 +62,9 @@ class HarnessLM(TemplateLM):
         max_gen_toks: new tokens where a task does not say how many.
         quantise: "int8" or "int4".
         dtype: of the arithmetic; None is as stored.
+        kv: how the cache is compressed, as in "snapkv@keep=0.3" (`jaxfw.kv`; semicolons for commas). Then every text is
+            scored through the cache of its context, never by a single forward.
+        protocol: what the first token behind a prompt sees of it, see `jaxfw.generate.compression`.
     """
 
     backend = "causal"
@@ -72,19 +77,24 @@ class HarnessLM(TemplateLM):
         max_gen_toks: int = 256,
         quantise: str | None = None,
         dtype: str | None = None,
+        kv: str | None = None,
+        protocol: str = "full",
         **more: Any,
     ):
         super().__init__()
         # What the harness hands to every model, and means nothing here.
         stray = sorted(set(more) - {"device", "max_batch_size"})
         if stray:
-            known = ("batch_size", "dtype", "max_gen_toks", "pretrained", "quantise")
+            known = ("batch_size", "dtype", "kv", "max_gen_toks", "pretrained", "protocol", "quantise")
             raise unknown("--model_args", stray[0], known)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"batch_size={batch_size!r} must be a whole number from 1 on.")
         self.lm = pretrained if isinstance(pretrained, LM) else load(pretrained, quantise=quantise, dtype=dtype)
         self.batch_size, self.max_gen_toks = int(batch_size), int(max_gen_toks)
         self.max_length = self.lm.config.context
+        self.kv, self.protocol = kv, protocol
+        self.policy = with_policy({"kv": kv}, self.lm.config.layers)["policy"]
+        reading("full" if self.policy is None and protocol == "ctx" else protocol, [])
 
     @property
     def eot_token_id(self) -> int:
@@ -127,14 +137,25 @@ class HarnessLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         rows = [((context + text)[-(self.max_length + 1) :], len(text)) for _, context, text in requests]
-        found = self._score(rows)
+        if self.policy is None:
+            found = self._score(rows)
+        else:
+            texts = [request[0][0] if request[0] else "" for request in requests]
+            found = self._score_compressed(rows, texts, self.policy)
         for request, result in zip(requests, found, strict=True):
             if request[0] is not None:
                 self.cache_hook.add_partial("loglikelihood", request[0], result)
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each token once, in windows of the context's length that do not overlap."""
+        """Of whole texts, each token once, in windows of the context's length that do not overlap.
+
+        Raises:
+            InputError: the cache is to be compressed, and there is no context to compress.
+        """
+        if self.policy is not None:
+            raise InputError(f"kv={self.kv!r} compresses what stands before a text, and rolling log-likelihoods have "
+                             "nothing there: run such tasks without kv=.")  # fmt: skip
         rows: list[Row] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -161,6 +182,10 @@ class HarnessLM(TemplateLM):
             for begin in range(0, len(order), self.batch_size):
                 here = order[begin : begin + self.batch_size]
                 options: Any = dict(want.sampling)
+                if self.policy is not None:
+                    texts = [requests[i].args[0] for i in here]
+                    units = [self._units(text, ids[i]) for text, i in zip(texts, here, strict=True)]
+                    options |= {"policy": self.policy, "protocol": self.protocol, "unit_ids": units}
                 made = self.lm.generate_from(
                     [ids[i] for i in here], max_new_tokens=want.new_tokens, stop=want.until, **options
                 )
@@ -189,6 +214,37 @@ class HarnessLM(TemplateLM):
             return ids
         begins = ids[:1] if ids[0] == self.lm.tokenizer.bos_id else []
         return begins + ids[len(ids) - room + len(begins) :]
+
+    def _units(self, text: str, ids: Sequence[int]) -> list[int]:
+        """The unit of each token: the blocks of a few-shot prompt, which may have been cut at its beginning."""
+        assert isinstance(self.policy, CutsTexts)
+        bos = self.lm.tokenizer.special_tokens.get("bos_token")
+        special = not (bos and text.startswith(bos))
+        found = self.lm.tokenizer.unit_ids(text, self.policy.spans(text), add_special_tokens=special)
+        found = [-1] * max(0, len(ids) - len(found)) + found[max(0, len(found) - len(ids)) :]
+        first = min((unit for unit in found if unit >= 0), default=0)
+        return [unit - first if unit >= 0 else -1 for unit in found]
+
+    def _score_compressed(self, rows: list[Row], texts: Sequence[str], policy: CachePolicy) -> list[tuple[float, bool]]:
+        """Each context is read once, whatever follows it."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, (tokens, count) in enumerate(rows):
+            groups.setdefault(tuple(tokens[:-count]), []).append(i)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        order = sorted(groups, key=lambda context: (-len(groups[context]), -len(context)))
+        for begin in range(0, len(order), self.batch_size):
+            here = order[begin : begin + self.batch_size]
+            behind = [[rows[i][0][len(context) :] for i in groups[context]] for context in here]
+            units = [self._units(texts[groups[context][0]], context) for context in here]
+            with self._on_mesh():
+                out = score_texts(
+                    self.lm.config, self.lm.params, here, behind, policy=policy, protocol=self.protocol,
+                    unit_ids=units,
+                )  # fmt: skip
+            for place, context in enumerate(here):
+                for m, i in enumerate(groups[context]):
+                    found[i] = _total(out, (place, m), slice(rows[i][1]))
+        return found
 
     def _score(self, rows: list[Row]) -> list[tuple[float, bool]]:
         """Of each row's last tokens the summed log-probability, and whether each is the likeliest.

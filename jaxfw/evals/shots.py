@@ -9,10 +9,14 @@ from jaxfw.evals.items import Item
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model reads; `shots` are the characters [begin, end) of each example."""
+    """What a model reads, and characters [begin, end): of each example, and of each unit of what precedes the question.
+
+    Units are what may be forgotten as a whole: the examples, and the lines of the question's own context.
+    """
 
     text: str
     shots: tuple[tuple[int, int], ...] = ()
+    units: tuple[tuple[int, int], ...] = ()
 
 
 def few_shot(item: Item, shots: Sequence[Item]) -> Prompt:
@@ -22,7 +26,11 @@ def few_shot(item: Item, shots: Sequence[Item]) -> Prompt:
         begin = len(text)
         text += shot.prompt + shot.target
         spans.append((begin, len(text)))
-    return Prompt(text + item.prompt, tuple(spans))
+    units, begin = list(spans), len(text)
+    for line in item.context.splitlines(keepends=True):
+        units.append((begin, begin + len(line)))
+        begin += len(line)
+    return Prompt(text + item.prompt, tuple(spans), tuple(units))
 
 
 def token_spans(tokenizer: Tokenizer, prompt: Prompt) -> list[tuple[int, int]]:
@@ -30,11 +38,6 @@ def token_spans(tokenizer: Tokenizer, prompt: Prompt) -> list[tuple[int, int]]:
 
     A token belongs to where its first character stands; what is put in front of the text belongs to no example.
     """
-    encoding = tokenizer.backend.encode(prompt.text)
-    # Special tokens that were put around the text have no place in it, which the library writes as (0, 0).
-    starts = [
-        begin if not special else -1
-        for (begin, _), special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-    ]
-    inside = [[i for i, at in enumerate(starts) if begin <= at < end] for begin, end in prompt.shots]
+    units = tokenizer.unit_ids(prompt.text, prompt.shots)
+    inside = [[i for i, unit in enumerate(units) if unit == number] for number in range(len(prompt.shots))]
     return [(found[0], found[-1] + 1) for found in inside]

@@ -3,6 +3,7 @@ r"""Text from a Hugging Face directory on the command line.
     python -m jaxfw.generate --model=DIR --prompt="Once upon a time"
     python -m jaxfw.generate --model=DIR --prompt="What is a list?" --chat --system="Answer in one line." --suggested
     python -m jaxfw.generate --model=DIR --prompt="A joke:" --temperature=0.8 --n=3 --stop=$'\n' --json
+    python -m jaxfw.generate --model=DIR --prompt="..." --kv="snapkv@keep=0.3" --protocol=refeed
     python -m jaxfw.generate --model=DIR --prompt=- --mesh=tensor=2 --quantise=int4 < prompt.txt
 
 One text is streamed to stdout; several (--prompt more than once, --n) are printed when all are there. --json prints one
@@ -53,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--suggested", action="store_true", help="draw as generation_config.json says, where no flag does")
     p.add_argument("--n", type=int, default=1, help="texts for each prompt")
     p.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    p.add_argument("--kv", help="how the cache is compressed, as in snapkv@keep=0.3 (jaxfw.kv); whole if not given")
+    p.add_argument("--protocol", default="full", help="what the first token sees of it: full, refeed or ctx")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", action="store_true", help="tokens, log-probabilities and seconds beside the text")
     p.add_argument("--traceback", action="store_true", help="show where an error came from")
@@ -121,7 +124,8 @@ def _generated(lm: LM, prompts: list[str], options: argparse.Namespace, streams:
     drawing |= {name: getattr(options, name) for name in DRAWING if getattr(options, name) is not None}
     values: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens, "key": jax.random.key(options.seed), "n": options.n,
-        "stop": options.stop, "details": True, "on_text": _write if streams else None, **drawing,
+        "stop": options.stop, "details": True, "on_text": _write if streams else None,
+        "kv": options.kv, "protocol": options.protocol, **drawing,
     }  # fmt: skip
     if not options.chat:
         out: Any = lm.generate(prompts, **values)

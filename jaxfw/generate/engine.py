@@ -19,14 +19,16 @@ import numpy as np
 
 from jaxfw.core.errors import InputError, RunError
 from jaxfw.core.keys import row_keys
-from jaxfw.core.shapes import Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxfw.core.shapes import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.generate import programs
 from jaxfw.generate.prefix import Prefix, read_prefix
-from jaxfw.generate.programs import CACHE_STREAM, CHUNK, Decoding, decode, extend, prefill
+from jaxfw.generate.programs import CACHE_STREAM, CHUNK, Decoding, decode, extend, prefill, reread
 from jaxfw.generate.prompts import (
     SHORTEST_BUCKET,
     bucket,
+    cache_room,
     check_context,
+    check_contexts,
     check_prompts,
     check_taps,
     check_whole,
@@ -36,7 +38,7 @@ from jaxfw.generate.prompts import (
     pack_units,
 )
 from jaxfw.models import DecoderConfig, Edit
-from jaxfw.models.cache import CachePolicy, FullCache
+from jaxfw.models.cache import Cache, CachePolicy, FullCache
 from jaxfw.models.routing import Experts, Router
 from jaxfw.ops.sampling import Sampling
 
@@ -84,6 +86,8 @@ def generate(
     policy: CachePolicy | None = None,
     room: int | None = None,
     unit_ids: Sequence[Sequence[int]] | None = None,
+    contexts: Sequence[int] | None = None,
+    refeed: bool = False,
     router: Router | None = None,
     experts: Experts | None = None,
     router_states: PyTree | None = None,
@@ -109,6 +113,10 @@ def generate(
             of the longest prompt's bucket and `max_new_tokens`; give one `room` to share the loop between buckets.
         unit_ids: which unit (a shot, a sentence) each token of each prompt belongs to, -1 for none: for policies that
             keep whole units.
+        contexts: so many first tokens of each prompt are its context: the cache is made from them alone, and the rest
+            is read through it. None reads each prompt at once.
+        refeed: the last token of each prompt is read once more, through the cache, for the first new one. Without it,
+            that one is drawn before a policy has forgotten anything.
         router: who decides which experts a token goes to; None is the config's.
         experts: who runs them; None is `Sorted()`.
         router_states: what the routers remember of training, as `Output.state` holds it; generation does not move it.
@@ -118,7 +126,7 @@ def generate(
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, more tokens than positions or `room`, a tap that is
-            no edit or does not fit, a prefix of another model or policy.
+            no edit or does not fit, a prefix of another model or policy, a context that is not part of its prompt.
         RunError: logits that are not finite.
     """
     new, n = check_whole("max_new_tokens", max_new_tokens), check_whole("n", n)
@@ -141,11 +149,8 @@ def generate(
     if prefix:
         logits, cache = prefix.extended(prompts, units=units, key=cache_keys, **values)
     else:
-        tokens, lengths = pack(prompts, bucket(longest))
-        logits, cache = prefill(
-            config, params, tokens, lengths, policy=policy, room=max(room, tokens.shape[1]), unit_id=units,
-            key=cache_keys, **values,
-        )  # fmt: skip
+        options = {"policy": policy, "room": room, "new": new, "key": cache_keys, **values}
+        logits, cache = read(config, params, prompts, contexts=contexts, refeed=refeed, units=units, **options)
     if n > 1:
         logits, cache = programs.take_rows(logits, cache, np.repeat(np.arange(len(prompts), dtype=np.int32), n))
         keys, cache_keys = programs.sample_keys(keys, cache_keys, n=n)
@@ -160,6 +165,42 @@ def generate(
         drawn += limit
     stopped = tuple(np.asarray(state.is_done).tolist())
     return Generation(taken.tokens(), stopped, prefilled - started, time.perf_counter() - prefilled, taken.logprobs())
+
+
+def read(
+    config: DecoderConfig,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    *,
+    policy: CachePolicy,
+    room: int,
+    new: int,
+    units: Any = None,
+    contexts: Sequence[int] | None = None,
+    refeed: bool = False,
+    **values: Any,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """The logits behind each prompt, and a cache with room for `new` tokens: the beginning of `generate`.
+
+    `units` are packed as the prompts are, to the bucket of the longest.
+    """
+    if contexts is None:
+        tokens, lengths = pack(prompts, bucket(max(map(len, prompts))))
+        room = cache_room(policy, room, T=tokens.shape[1], new=new)
+        logits, cache = prefill(config, params, tokens, lengths, policy=policy, room=room, unit_id=units, **values)
+        if refeed:
+            logits = reread(config, params, tokens, lengths, cache, policy=policy, **values)
+        return logits, cache
+    check_contexts(contexts, prompts)
+    first = [prompt[:n] for prompt, n in zip(prompts, contexts, strict=True)]
+    rest = [prompt[n:] for prompt, n in zip(prompts, contexts, strict=True)]
+    more = bucket(max(map(len, rest)))
+    tokens, lengths = pack(first, bucket(max(map(len, first))))
+    room = cache_room(policy, default_room(tokens.shape[1], more + new), T=tokens.shape[1], new=more + new)
+    units = None if units is None else units[:, : tokens.shape[1]]
+    _, cache = prefill(config, params, tokens, lengths, policy=policy, room=room, unit_id=units, **values)
+    tokens, lengths = pack(rest, more)
+    return extend(config, params, tokens, lengths, cache, policy=policy, **values)
 
 
 class _Taken:

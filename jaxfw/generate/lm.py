@@ -21,6 +21,7 @@ from jaxfw.core.shapes import Bool, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.data.chat import Message
 from jaxfw.data.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from jaxfw.generate import engine
+from jaxfw.generate.compression import CutsTexts, Spans, check_units, reading, with_policy
 from jaxfw.generate.options import Answer, ModelValues, OnText, Options, check_texts, take_sampling
 from jaxfw.generate.prefix import Prefix, read_prefix
 from jaxfw.generate.prompts import check_whole
@@ -34,6 +35,7 @@ from jaxfw.generate.suggestions import (
     suggested_sampling,
 )
 from jaxfw.models import DecoderConfig
+from jaxfw.models.cache import CachePolicy
 from jaxfw.models.lora import adapt
 from jaxfw.weights.shipped import located
 from jaxfw.weights.tensors import read_json
@@ -76,10 +78,18 @@ class LM:
         return suggested_sampling(self.generation)
 
     @overload
-    def generate(self, prompts: Texts, **options: Unpack[Options]) -> Texts: ...
+    def generate(
+        self, prompts: Texts, *, units: Sequence[Spans] | None = None, **options: Unpack[Options]
+    ) -> Texts: ...
     @overload
     def generate(
-        self, prompts: str | list[str], *, n: int | None = None, details: bool = False, **options: Unpack[Options]
+        self,
+        prompts: str | list[str],
+        *,
+        n: int | None = None,
+        units: Sequence[Spans] | None = None,
+        details: bool = False,
+        **options: Unpack[Options],
     ) -> Any: ...
     def generate(
         self,
@@ -95,6 +105,8 @@ class LM:
         n: int | None = None,
         stop: str | Sequence[str] = (),
         prefix: Prefix | None = None,
+        protocol: str = "full",
+        units: Sequence[Spans] | None = None,
         details: bool = False,
         on_text: OnText | None = None,
         **values: Unpack[ModelValues],
@@ -114,24 +126,37 @@ class LM:
                 sample j of prompt b row b * n + j. The first is what is drawn without `n`.
             stop: a text, or several, before which the result ends; those of the model (`stop_strings`) hold as well.
             prefix: what all prompts go on from, as `prefix` gives it.
+            protocol: what the first new token sees of a cache that forgets: "full", "refeed" or "ctx", see
+                `jaxfw.generate.compression`.
+            units: of each prompt the pieces that stay or go together, as spans [begin, end) of characters; what stands
+                behind the last of them is the question. None leaves it to the policy.
             details: return `Answer`s, with tokens, their log-probabilities and why they ended.
             on_text: called as `on_text(row, piece)` while the text grows. A row's pieces join to its result.
-            values: policy, room, router, router_states, experts, taps: see `ModelValues`.
+            values: kv, policy, room, router, router_states, experts, taps: see `ModelValues`.
         """
         texts = check_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
         ids = [self._encode(text, prefix) for text in texts]
         before = [row or (prefix.tokens if prefix else ()) for row in ids]
+        given = with_policy(values, self.config.layers)
+        unit_ids = None if prefix else self._unit_ids(texts, given["policy"], units)
         out = self._continue(
-            ids, before, n=n, details=details, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, key=key, stop=stop, prefix=prefix,
-            on_text=on_text, **values,
+            ids, before, n=n, details=details, protocol=protocol, unit_ids=unit_ids,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty, key=key, stop=stop, prefix=prefix, on_text=on_text, **given,
         )  # fmt: skip
         return out[0] if isinstance(prompts, str) else out
 
-    def generate_from(self, tokens: Sequence[Sequence[int]], **options: Unpack[Options]) -> list[str]:
-        """As `generate`, from rows of token ids that are taken as they are."""
+    def generate_from(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        unit_ids: Sequence[Sequence[int]] | None = None,
+        **options: Unpack[Options],
+    ) -> list[str]:
+        """As `generate`, from rows of token ids that are taken as they are; `unit_ids` are those of their units."""
         rows = [list(row) for row in tokens]
-        return self._continue(rows, rows, n=None, details=False, **options)
+        given = with_policy(options, self.config.layers)
+        return self._continue(rows, rows, n=None, details=False, unit_ids=unit_ids, **given)
 
     def chat(
         self,
@@ -153,7 +178,9 @@ class LM:
         texts = [self.tokenizer.render_chat(conversation, tools=tools) for conversation in conversations]
         prefix = options.get("prefix")
         ids = [self._rest(self.tokenizer.encode(text, add_special_tokens=False), prefix) for text in texts]
-        out = self._continue(ids, [()] * len(ids), n=n, details=details, **options)
+        given = with_policy(options, self.config.layers)
+        units = None if prefix else self._unit_ids(texts, given["policy"], None, add_special_tokens=False)
+        out = self._continue(ids, [()] * len(ids), n=n, details=details, unit_ids=units, **given)
         return out if is_many else out[0]
 
     def prefix(
@@ -161,6 +188,7 @@ class LM:
         beginning: str | Sequence[Message],
         *,
         key: PRNGKeyArray | None = None,
+        protocol: str = "full",
         **values: Unpack[ModelValues],
     ) -> Prefix:
         """Read once what many prompts begin with: `m.generate(questions, prefix=m.prefix(document))`.
@@ -171,18 +199,44 @@ class LM:
         Args:
             beginning: a text; or messages, for `chat`.
             key: for policies that draw what they keep.
-            values: as in `generate`. `room` is for prefix, prompt and new tokens together: None leaves 512 or more
-                behind the prefix. Routers and taps are to be given again to what goes on from it.
+            protocol: "refeed" lets what comes first behind the prefix see no more than what comes later ("full").
+            values: as in `generate`; a cache that keeps a part does so of the beginning alone. `room` is for prefix,
+                prompt and new tokens together: None leaves 512 or more behind the prefix. Routers and taps are to be
+                given again to what goes on from it.
         """
-        if isinstance(beginning, str):
-            text, ids = beginning, self.tokenizer.encode(beginning)
-        else:
-            text = self.tokenizer.render_chat(beginning, add_generation_prompt=False)
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        is_text = isinstance(beginning, str)
+        text = beginning if is_text else self.tokenizer.render_chat(beginning, add_generation_prompt=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=is_text)
         if not ids:
             raise InputError("the prefix is empty: give at least one character.")
+        if protocol not in ("full", "refeed"):
+            raise InputError(f"protocol={protocol!r} must be full or refeed: a prefix is a context by itself.")
+        given = with_policy(values, self.config.layers)
+        units = self._unit_ids([text], given["policy"], None, add_special_tokens=is_text)
         with self._on_mesh():
-            return read_prefix(self.config, self.params, ids, key=key, text=text, **values)
+            return read_prefix(
+                self.config, self.params, ids, key=key, text=text, refeed=protocol == "refeed",
+                unit_ids=None if units is None else units[0], **given,
+            )  # fmt: skip
+
+    def _unit_ids(
+        self,
+        texts: Sequence[str],
+        policy: CachePolicy | None,
+        units: Sequence[Spans] | None,
+        *,
+        add_special_tokens: bool = True,
+    ) -> list[list[int]] | None:
+        """The unit of each token, by the spans that were given or that the policy finds; None if there are none."""
+        if units is None:
+            if not isinstance(policy, CutsTexts):
+                return None
+            units = [policy.spans(text) for text in texts]
+        check_units(texts, units)
+        return [
+            self.tokenizer.unit_ids(text, spans, add_special_tokens=add_special_tokens)
+            for text, spans in zip(texts, units, strict=True)
+        ]
 
     def _encode(self, text: str, prefix: Prefix | None) -> list[int]:
         if not isinstance(prefix, Prefix | None):
@@ -215,11 +269,16 @@ class LM:
         stop: str | Sequence[str] = (),
         max_new_tokens: int = 128,
         on_text: OnText | None = None,
+        protocol: str = "full",
+        unit_ids: Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> list[Any]:
         """A str or `Answer` for each prompt, or a list of `n`; `before` are the ids that precede each row's text."""
         strings = tuple(dict.fromkeys((*self.stop_strings, *check_stop(stop))))
         sampling = take_sampling(options)
+        if options.get("prefix") and protocol != "full":
+            raise InputError(f"protocol={protocol!r} beside a prefix, which was read before: leave out protocol=.")
+        options |= reading(protocol, unit_ids)
         each = 1 if n is None else check_whole("n", n)
         rows = [RowText(self.tokenizer, row, self.stop_ids, strings) for row in before for _ in range(each)]
 

@@ -22,6 +22,7 @@ class ModelValues(TypedDict, total=False):
 
     Keys:
         policy: what the cache keeps (`jaxfw.models.cache`); None keeps everything.
+        kv: the same by name, "snapkv@keep=0.3" (`jaxfw.kv`).
         room: slots of the cache. Calls with one batch size and one `room` share a compiled decode loop, whatever their
             prompts; None takes what the longest prompt's bucket and `max_new_tokens` need.
         router: who decides which experts a token goes to; None is the config's.
@@ -31,6 +32,7 @@ class ModelValues(TypedDict, total=False):
     """
 
     policy: CachePolicy | None
+    kv: str | None
     room: int | None
     router: Router | None
     router_states: PyTree | None
@@ -50,6 +52,7 @@ class Options(ModelValues, total=False):
     key: PRNGKeyArray | None
     stop: str | Sequence[str]
     prefix: Prefix | None
+    protocol: str
     on_text: OnText | None
 
 

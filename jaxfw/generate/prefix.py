@@ -11,7 +11,17 @@ from jaxfw.core.errors import InputError
 from jaxfw.core.keys import row_keys
 from jaxfw.core.shapes import Array, Float, PRNGKeyArray, PyTree
 from jaxfw.generate import programs
-from jaxfw.generate.prompts import bucket, check_context, check_prompts, check_taps, default_room, pack, pack_units
+from jaxfw.generate.prompts import (
+    bucket,
+    cache_room,
+    check_context,
+    check_prompts,
+    check_taps,
+    default_room,
+    pack,
+    pack_units,
+    smallest_of_bucket,
+)
 from jaxfw.models import DecoderConfig
 from jaxfw.models.cache import Cache, CachePolicy, FullCache
 
@@ -87,6 +97,7 @@ def read_prefix(
     unit_ids: Sequence[int] | None = None,
     key: PRNGKeyArray | None = None,
     text: str = "",
+    refeed: bool = False,
     **values: Any,
 ) -> Prefix:
     """Read tokens that prompts will share.
@@ -101,6 +112,7 @@ def read_prefix(
         unit_ids: the unit of each token, -1 for none.
         key: for policies that draw; None is key 0.
         text: what the tokens were encoded from.
+        refeed: the last token is read once more, through the cache: see `generate`.
         values: router, experts, router_states and taps, as in `generate`; give the same to what continues it.
 
     Raises:
@@ -115,8 +127,10 @@ def read_prefix(
     keys = programs.cache_keys(row_keys(jax.random.key(0) if key is None else key, 1))
     packed, lengths = pack([tokens], bucket(size))
     units = pack_units(None if unit_ids is None else [unit_ids], [tokens], bucket(size))
+    slots = cache_room(policy, int(room), T=bucket(size), new=int(room) - smallest_of_bucket(bucket(size)))
     logits, cache = programs.prefill(
-        config, params, packed, lengths, policy=policy, room=max(int(room), bucket(size)), unit_id=units, key=keys,
-        **values,
+        config, params, packed, lengths, policy=policy, room=slots, unit_id=units, key=keys, **values,
     )  # fmt: skip
+    if refeed:
+        logits = programs.reread(config, params, packed, lengths, cache, policy=policy, key=keys, **values)
     return Prefix(tuple(map(int, tokens)), int(room), policy, cache, logits, config, params, text)

@@ -134,6 +134,41 @@ def extend(
     return _by_parts(config, params, step, taps, run_layer=_extend_layer, **options)
 
 
+def reread(
+    config: DecoderConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    cache: Cache,
+    *,
+    policy: CachePolicy,
+    router: Router | None = None,
+    experts: Experts | None = None,
+    router_states: PyTree | None = None,
+    taps: Sequence[Edit] = (),
+    key: PRNGKeyArray | None = None,
+) -> Float[Array, "B V"]:
+    """The logits behind each row's last token, which is read once more: against what the cache holds of the others.
+
+    The cache stays as it is. Where it holds all, these are the logits that there were.
+    """
+    last, before, one = _last_tokens(tokens, lengths, cache)
+    step = dataclasses.replace(_step(one, before.seen, T=1), tokens=last, key=key)
+    options = {"policy": policy, "cache": before, "router": router, "experts": experts, "state": router_states}
+    ends = {name: params[name] for name in ("embed", "head")}
+    x = _embed(config, ends, last, step, taps)
+    out = trunk(config, params, x, step, taps=taps, run_layer=_layer, write=False, **options)
+    return _last_logits(config, ends, out.x, step, taps)
+
+
+@jax.jit
+def _last_tokens(tokens, lengths, cache: Cache) -> tuple[Array, Cache, Array]:
+    """The last token of each row, the cache as if it had not been read, and ones."""
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+    layers = tuple(dataclasses.replace(state, seen=state.seen - 1) for state in cache.layers)
+    return last, dataclasses.replace(cache, layers=layers), jnp.ones_like(lengths)
+
+
 def _by_parts(config, params, step, taps, **options: Any):
     ends = {name: params[name] for name in ("embed", "head")}
     x = _embed(config, ends, step.tokens, step, taps)

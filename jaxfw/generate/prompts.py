@@ -8,6 +8,7 @@ import numpy as np
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Int
 from jaxfw.models import DecoderConfig, Edit
+from jaxfw.models.cache import CachePolicy
 from jaxfw.models.taps import validate
 
 SHORTEST_BUCKET = 32
@@ -36,6 +37,19 @@ def default_room(prompt: int, new: int) -> int:
     return -(-needed // step) * step
 
 
+def smallest_of_bucket(T: int) -> int:
+    """The fewest tokens that are padded to T."""
+    return 1 if T == SHORTEST_BUCKET else T // 2 + 1
+
+
+def cache_room(policy: CachePolicy, room: int, *, T: int, new: int) -> int:
+    """Slots to ask a policy for: a prompt padded to T and `new` more tokens are to fit.
+
+    One that keeps a part of the prompt (`keeps_part`) counts what may follow from the padded width on.
+    """
+    return max(room, T + new) if getattr(policy, "keeps_part", False) else max(room, T)
+
+
 def pack(rows: Sequence[Sequence[int]], T: int, *, spare: int = 0) -> tuple[Any, Any]:
     """Rows [B T] side by side, each from slot 0 on with `spare` behind it, and their lengths [B].
 
@@ -54,13 +68,19 @@ def pack_units(unit_ids: Sequence[Sequence[int]] | None, prompts: Sequence[Seque
     """The numbers of units [B T], -1 behind them; None for None.
 
     Raises:
-        InputError: they are not as many as the prompts' tokens.
+        InputError: they are not as many as the prompts' tokens, or no numbers of units.
     """
     if unit_ids is None:
         return None
     sizes, wanted = [len(row) for row in unit_ids], [len(prompt) for prompt in prompts]
     if sizes != wanted:
         raise InputError(f"unit_ids have {sizes} numbers a row, the prompts {wanted} tokens: give one for each token.")
+    for i, row in enumerate(unit_ids):
+        if min(row, default=0) < -1 or max(row, default=-1) >= len(row):
+            raise InputError(
+                f"unit_ids[{i}] holds {min(row) if min(row) < -1 else max(row)}: units are numbered from 0 on, fewer "
+                f"than the row's {len(row)} tokens, and -1 is for tokens of none."
+            )
     return pack(unit_ids, T, spare=-1)[0]
 
 
@@ -128,6 +148,18 @@ def check_context(config: DecoderConfig, prompt: int, new: int) -> None:
             f"prompt + new tokens = {prompt} + {new} exceed the model's {config.context} positions: "
             "shorten the prompt or lower max_new_tokens."
         )
+
+
+def check_contexts(contexts: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+    """Raise an `InputError` unless each prompt has a context, and something behind it."""
+    if len(contexts) != len(prompts):
+        raise InputError(f"contexts has {len(contexts)} lengths for {len(prompts)} prompts: give one for each.")
+    for i, (n, prompt) in enumerate(zip(contexts, prompts, strict=True)):
+        if not isinstance(n, int | np.integer) or not 0 <= n < len(prompt):
+            raise InputError(
+                f"contexts[{i}]={n!r} must be a number of tokens from 0 to {len(prompt) - 1}: something of the prompt "
+                "has to be read behind its context."
+            )
 
 
 def check_taps(config: DecoderConfig, taps: Sequence[Edit], B: int) -> None:

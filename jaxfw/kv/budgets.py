@@ -70,4 +70,6 @@ class Pyramid:
 def wanted(keep: float | None, budget: int | None, T: int) -> Float[np.ndarray, "T+1"]:
     """Tokens to keep of prompts of 0..T tokens: a share of them, or a number at most."""
     length = np.arange(T + 1, dtype=np.float64)
-    return length * keep if budget is None else np.minimum(length, budget)
+    if keep is not None:
+        return length * keep
+    return length if budget is None else np.minimum(length, budget)

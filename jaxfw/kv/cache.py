@@ -5,6 +5,8 @@ forgotten while generating.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,7 @@ class KVCache:
     units: str = "blocks"
     layers: int = 1
     layer: int = 0
+    keeps_part = True
 
     def __post_init__(self):
         if (self.keep is None) == (self.budget is None):
@@ -159,13 +162,13 @@ class KVCache:
         after, outs = jax.lax.scan(one, state, parts)
         return jnp.moveaxis(outs, 0, 1), after if write else state
 
-    def finish(self, states: tuple[KVState | PendingState, ...], step: Step) -> Cache:
+    def finish(self, states: tuple[Any, ...], step: Step) -> Cache:
         """One choice of units for all layers, where that was asked for."""
         if not self._is_global:
             return Cache(states)
         T = states[0].k.shape[2]
         budget = jnp.asarray(self.kept(T))[step.lengths]
-        value = sum((state.value for state in states[1:]), states[0].value)
+        value = functools.reduce(jnp.add, (state.value for state in states))
         positions = self.granularity.choose(Scores(value), step, budget, self._slots(T))
         return Cache(tuple(self._compacted(one.k, one.v, positions, step, one.new, None) for one in states))
 

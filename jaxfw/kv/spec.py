@@ -8,6 +8,8 @@ the prompt that stays, or `budget`, tokens) and other values for an axis:
     decode=grow | shots(rd=0.4) | heavy | newest | tova | slide(window=512,recent=256) | adaptive | discontinuous
     rd=0.4, short for decode=shots(rd=0.4)
 
+Semicolons do as well as commas, which other command lines (lm-eval's) keep for themselves.
+
 A method is a row of `METHODS`: its scorer, and the other axes where they are not the plain ones. Nothing that is
 generated is forgotten unless the method does so (streaming, h2o, tova) or `decode` or `rd` says it. With keep=1 a cache
 that keeps its size keeps everything.
@@ -150,11 +152,11 @@ def _call(piece: str, text: str) -> tuple[str, dict[str, str]]:
 
 
 def _options(tail: str, text: str) -> dict[str, str]:
-    """`a=1,b=f(c=2)` -> names and values, cut at commas that stand in no bracket."""
+    """`a=1,b=f(c=2)` -> names and values, cut at commas or semicolons that stand in no bracket."""
     pieces, depth = [""], 0
     for letter in tail:
         depth += (letter == "(") - (letter == ")")
-        if letter == "," and depth == 0:
+        if letter in ",;" and depth == 0:
             pieces.append("")
         else:
             pieces[-1] += letter

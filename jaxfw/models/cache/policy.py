@@ -136,6 +136,9 @@ class CachePolicy(Protocol):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """Attention over a prompt, and a state with room for `room` tokens in all (a static number).
 
+        A policy with the attribute `keeps_part` = True is given the width T that the prompt is padded to and `room` - T
+        tokens behind it at most; others may have more behind a prompt that is shorter than T.
+
         `previous` is the state of the layer below, for policies that reuse its choice; None in the first layer.
         """
         ...
@@ -154,7 +157,8 @@ class CachePolicy(Protocol):
         """Attention of T >= 1 further tokens to what is kept and to each other; same tree and shapes.
 
         `shared` is what `finish` left for all layers, read only. With `write` False the state that comes back is the
-        one that was given.
+        one that was given. A state whose `seen` was taken back by one is given its last token once more, to be read in
+        place of what is held of it.
         """
         ...
 

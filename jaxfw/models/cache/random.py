@@ -66,14 +66,15 @@ class RandomCache:
         """Attention to what is kept and to the new tokens; the first of these takes the slot of lowest priority."""
         C, T = state.k.shape[2], qkv.k.shape[1]
         new, lowest = _tokens(qkv, step), jnp.argmin(state.priority, axis=-1, keepdims=True)
-        if T == 1:
+        if T == 1 and write:
             at = jnp.where(step.valid[:, None], lowest, C)
             read = after = _slotwise(lambda old, x: write_slots(old, x, at), state, new)
         else:
-            left = jnp.where(jnp.arange(C) == lowest, -1, state.kept_positions)
+            is_left = (jnp.arange(C) != lowest) & (state.kept_positions < step.positions[:, :1, None])
+            left = jnp.where(is_left, state.kept_positions, -1)
             read = _joined(dataclasses.replace(state, kept_positions=left), new)
             after = _pruned(_joined(state, new), C)
-        if T == 1 and spec.window is None:
+        if T == 1 and write and spec.window is None:
             out = attend_first(qkv.q, read.k, read.v, jnp.minimum(read.seen, C), **spec.options)
         else:
             out = attend_slots(qkv.q, read.k, read.v, read.kept_positions, step.positions, **spec.options)
