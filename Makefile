@@ -10,10 +10,10 @@ EDITABLE = --config-settings editable_mode=compat --editable
 BIN = .venv/bin/python
 ORACLE = .venv-oracle/bin/python
 
-.PHONY: help install demo test oracle bench notebook soak h200 embedded card gpu clean
+.PHONY: help install demo test oracle oracle-kv kv bench-kv bench notebook soak h200 embedded card gpu clean
 
 help:  ## this list
-	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: .venv/installed  ## make .venv and install jaxfw into it
 .venv/installed: pyproject.toml
@@ -41,6 +41,22 @@ test: .venv/dev  ## lint, types, unit tests, doctests
 	touch $@
 oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files) and torch; installs them, on the CPU
 	JAXFW_TRANSFORMERS4=$(CURDIR)/.venv-oracle/transformers4 $(ORACLE) -m pytest -n 2 tests/oracle
+
+.venv-oracle-kv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oracle-kv
+	.venv-oracle-kv/bin/python $(PIP) torch==2.13.0
+	.venv-oracle-kv/bin/python $(PIP) $(EDITABLE) '.[oracle-kv]'
+	touch $@
+oracle-kv: .venv-oracle-kv/installed  ## compare cache compression with kvpress: what it keeps, end to end; write its fixtures anew
+	.venv-oracle-kv/bin/python -m tests.oracle_kv.kvpress_cases
+	.venv-oracle-kv/bin/python -m pytest -n 2 tests/oracle_kv
+
+kv: .venv/installed  ## the study of cache compression on the embedded model, ShotKV's claim, decoding beside kvpress
+	$(BIN) -m jaxfw.launch --config=configs/kv.py --workdir=runs/kv
+	$(BIN) -m jaxfw.launch --config=configs/kv.py:claim --workdir=runs/kv-claim
+	$(BIN) -m experiments.kv.ship runs/kv runs/kv-claim
+bench-kv: .venv-oracle-kv/installed  ## decoding with a compressed cache: against the full one, and beside kvpress
+	.venv-oracle-kv/bin/python -m experiments.bench.kv
 
 bench: .venv-oracle/installed  ## speed and loading beside transformers and torch, and what the seams cost, on this CPU
 	$(ORACLE) -m experiments.bench.cpu_lm
@@ -79,4 +95,4 @@ gpu: .venv/$(CUDA)  ## every check and benchmark that needs a GPU, in one call (
 	$(BIN) -m experiments.gpu
 
 clean:  ## remove both environments and what runs and tools left
-	rm -rf .venv .venv-oracle runs build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oracle .venv-oracle-kv runs build .pytest_cache .ruff_cache .hypothesis

@@ -196,7 +196,7 @@ def read(
     rest = [prompt[n:] for prompt, n in zip(prompts, contexts, strict=True)]
     more = bucket(max(map(len, rest)))
     tokens, lengths = pack(first, bucket(max(map(len, first))))
-    room = cache_room(policy, default_room(tokens.shape[1], more + new), T=tokens.shape[1], new=more + new)
+    room = max(room, tokens.shape[1] + more + new)
     units = None if units is None else units[:, : tokens.shape[1]]
     _, cache = prefill(config, params, tokens, lengths, policy=policy, room=room, unit_id=units, **values)
     tokens, lengths = pack(rest, more)

@@ -18,7 +18,7 @@ from jaxfw.kv.budgets import LayerBudget, Uniform, wanted
 from jaxfw.kv.decoding import Decode, Grow, Newest
 from jaxfw.kv.forgetting import attend_step, forget
 from jaxfw.kv.granularity import Chunks, Granularity, Tokens, Units
-from jaxfw.kv.scorers import Context, Scorer, Scores
+from jaxfw.kv.scorers import Context, Scorer, Scores, Sinks
 from jaxfw.kv.scorers.mass import column_mass
 from jaxfw.kv.state import KVState, padded, taken, written
 from jaxfw.kv.units import SEGMENTERS, Spans
@@ -75,12 +75,20 @@ class KVCache:
             raise InputError(f"budget={self.budget} must be at least 1 token.")
         if self.units not in SEGMENTERS:
             raise unknown("units", self.units, SEGMENTERS)
-        if self.reassign and not isinstance(self.decode, Newest):
+        if self.reassign and not (isinstance(self.decode, Newest) and self.scorer == Sinks(self.decode.sinks)):
             raise InputError(
-                "reassign=True moves the first tokens along with a sliding window: it needs decode=newest."
+                f"reassign=True moves the first tokens along with a sliding window: it needs the method streaming and "
+                f"decode=newest with as many sinks, not {self.scorer} and {self.decode}; or take reassign=false."
             )
         if self._is_global and self.decode.score == "sum":
-            raise InputError("scope='global' does not go with a decode policy that sums attention: take scope='layer'.")
+            raise InputError(
+                f"scope=global does not go with {self.decode}, which sums attention: take scope=layer, or decode=grow."
+            )
+        if self._is_global and self.layer_budget.by_layer:
+            raise InputError(
+                f"scope=global is one choice for all layers, and layers={self.layer_budget} wants as many as there are "
+                "layers: take scope=layer, or layers=uniform."
+            )
 
     @property
     def reads_previous(self) -> bool:
@@ -134,7 +142,13 @@ class KVCache:
             positions = previous.kept_positions[:, :1, :C]
         else:
             positions = self.granularity.choose(self.scorer(c), step, c.budget, C)
-        sums = column_mass(c) if self.decode.score == "sum" else None
+        if self.decode.is_shared and self.decode.region == "all" and positions.shape[1] > 1:
+            raise InputError(
+                f"{self.decode} makes one choice for all heads, and {self.scorer} keeps other tokens of the prompt in "
+                "each: take the method tova, another decode=, or by=chunks."
+            )
+        group = qkv.q.shape[2] // spec.kv_heads  # a step's attention is summed over a group, not averaged
+        sums = column_mass(c) * group if self.decode.score == "sum" else None
         return out, self._compacted(k, v, positions, step, room - T, qkv.k_pre, sums)
 
     def extend(
@@ -241,12 +255,17 @@ class KVCache:
             return state.k
         if spec.rope is None or spec.rope.kind == "dynamic":
             kind = "no rotary embedding" if spec.rope is None else "one that stretches with the text"
-            raise InputError(f"reassign=True rotates keys anew, and this model has {kind}: take reassign=False.")
-        n = self.decode.sinks
-        places = (state.seen - state.held)[:, None] + jnp.arange(n)
+            raise InputError(
+                f"reassign=True rotates keys anew, and this model has {kind}: take streaming(reassign=false)."
+            )
+        n = min(self.decode.sinks, state.S)
+        at = state.kept_positions
+        # A token that is read once more is held, and not seen.
+        count = jnp.sum((at[:, 0] >= 0) & (at[:, 0] < state.seen[:, None]), axis=1)
+        places = (state.seen - count)[:, None] + jnp.arange(n)
         cos, sin = rotation(spec.rope, places, width=spec.head_dim, seq_len=state.seen)
-        turned = jnp.swapaxes(rotate(jnp.swapaxes(state.sinks, 1, 2), cos, sin), 1, 2)
-        slots = jnp.where(jnp.arange(n) < state.held[:, None], jnp.arange(n), state.S)[:, None]
+        turned = jnp.swapaxes(rotate(jnp.swapaxes(state.sinks[:, :, :n], 1, 2), cos, sin), 1, 2)
+        slots = jnp.where(at[..., :n] == jnp.arange(n), jnp.arange(n), state.S + jnp.arange(n))
         return write_slots(state.k, turned, slots)
 
 

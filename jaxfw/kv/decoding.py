@@ -28,7 +28,7 @@ class Decode:
         is_shared: one choice for all heads of a layer.
         score: "mass", the attention of this step's query; "sum", of all queries so far; "age", the oldest goes.
         sinks: so many of the first tokens stay.
-        wait: steps for which the region may grow beyond its limit before it is cut back.
+        wait: steps with a full region before it is cut back; it grows beyond its limit meanwhile.
     """
 
     evicts: bool = True
@@ -151,7 +151,7 @@ class Adaptive(Decode):
 
 @dataclasses.dataclass(frozen=True)
 class Discontinuous(Adaptive):
-    """SCOPE's growing window, cut back only after `delta` steps beyond it: fewer choices."""
+    """SCOPE's growing window, cut back only after `delta` steps in which it was full: fewer choices."""
 
     @property
     def wait(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -199,6 +199,10 @@ class Newest(Whole):
 
     sinks: int = 4
     score = "age"
+
+    def __post_init__(self):
+        if self.sinks < 0:
+            raise InputError(f"sinks={self.sinks} must be 0 or more first tokens.")
 
 
 @dataclasses.dataclass(frozen=True)

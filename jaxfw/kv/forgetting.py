@@ -53,7 +53,7 @@ def forget(state: KVState, decode: Decode, mass: Float[Array, "B K S"] | None, v
     region = state.held if decode.region == "all" else state.held - state.prompt_held
     over = region - decode.limit(state.seen - state.prompt, state.limit)
     if decode.wait:
-        return _cut_back(state, decode, value, may_go, jnp.where(valid, over, 0))
+        return _cut_back(state, decode, value, may_go, jnp.where(valid, over, -1))
     goes = valid & (over > 0) & jnp.any(may_go, axis=(1, 2))
     victim = jnp.argmin(jnp.where(may_go, value, jnp.inf), axis=-1, keepdims=True).astype(jnp.int32)
     held = state.held - goes
@@ -78,17 +78,19 @@ def _candidates(state: KVState, decode: Decode, mass: Array | None) -> tuple[Arr
         value = found
     if decode.is_shared:
         value = jnp.broadcast_to(jnp.sum(value, axis=1, keepdims=True), value.shape)
-    first = state.prompt[:, None, None] if decode.region == "generated" else jnp.int32(decode.sinks)
+    # A cache as small as the sinks gives up the last of these: the newest token needs a place.
+    sinks = jnp.minimum(decode.sinks, state.limit - 1)
+    first = (state.prompt if decode.region == "generated" else sinks)[:, None, None]
     newest = decode.newest(state.limit)[:, None, None]
     return value, (at >= first) & (at < state.seen[:, None, None] - newest)
 
 
 def _cut_back(state: KVState, decode: Decode, value: Array, may_go: Array, over: Int[Array, "B"]) -> KVState:
-    """Nothing, until the region has been over its limit for `wait` steps; then all that is over goes at once."""
+    """Nothing, until the region has been full for `wait` steps; then all that is over its limit goes at once."""
     assert state.waited is not None
-    is_over = over > 0
-    is_due = is_over & (state.waited >= decode.wait)
-    waited = jnp.where(is_due, 0, state.waited + is_over)
+    is_full = over >= 0
+    is_due = is_full & (state.waited >= decode.wait)
+    waited = jnp.where(is_due, 0, state.waited + is_full)
     state = dataclasses.replace(state, waited=waited)
 
     def cut(state: KVState) -> KVState:

@@ -141,11 +141,12 @@ class Units:
         fixed = jnp.sum(valid & ~is_in, axis=1)
         left = jnp.maximum(budget - fixed, 0)
         taken = _fitting(jnp.take_along_axis(size, order, axis=1), left, stops=self.fill == "stop")
-        rescued = _first_fitting(jnp.take_along_axis(size, order, axis=1), jnp.maximum(C - fixed, 0))
+        room = jnp.minimum(budget + self.extra, C)  # by the row's own length, whatever it is padded to
+        rescued = _first_fitting(jnp.take_along_axis(size, order, axis=1), jnp.maximum(room - fixed, 0))
         taken = jnp.where(jnp.any(taken, axis=1, keepdims=True), taken, rescued)
         kept = jnp.zeros_like(taken).at[jnp.arange(len(taken))[:, None], order].set(taken)
         chosen = jnp.take_along_axis(kept, jnp.maximum(units, 0), axis=1)
-        return of_mask(valid & jnp.where(is_in, chosen, True), C)
+        return of_mask(valid & jnp.where(is_in, chosen, True), C, room)
 
 
 def _by_unit(units: Int[Array, "B T"], is_in: Bool[Array, "B T"], *values: Array) -> list[Array]:

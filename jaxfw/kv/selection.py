@@ -34,11 +34,12 @@ def highest(
     return ascending(jnp.where(jnp.arange(min(C, T)) < count, best[..., :C], -1), C)
 
 
-def of_mask(keep: Bool[Array, "B T"], C: int) -> Int[Array, "B 1 C"]:
-    """Positions of the tokens that stay, the last C of them where there are more, in ascending order, -1 behind."""
+def of_mask(keep: Bool[Array, "B T"], C: int, room: Int[Array, "B"] | None = None) -> Int[Array, "B 1 C"]:
+    """Positions of the tokens that stay, the last `room` <= C of them where there are more, ascending, -1 behind."""
     T = keep.shape[1]
     newer = jnp.cumsum(keep[:, ::-1], axis=1)[:, ::-1]
-    position = jnp.where(keep & (newer <= C), jnp.arange(T, dtype=jnp.int32), -1)
+    most = C if room is None else room[:, None]
+    position = jnp.where(keep & (newer <= most), jnp.arange(T, dtype=jnp.int32), -1)
     return ascending(position[:, None], C)
 
 

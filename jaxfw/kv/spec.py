@@ -137,7 +137,9 @@ def _axis(axis: str, value: str, text: str) -> Any:
 
 def _decode_share(rd: str, decode: Any, text: str) -> decoding.Shots:
     if not isinstance(decode, decoding.Grow):
-        raise InputError(f"kv={text!r}: rd=... is decode=shots(rd=...), and this has another way to forget: {decode}.")
+        raise InputError(
+            f"kv={text!r}: rd={rd} is short for decode=shots(rd={rd}), and this forgets by {decode}: give one of both."
+        )
     return decoding.Shots(_value("rd", rd, float, text))
 
 
@@ -160,13 +162,15 @@ def _options(tail: str, text: str) -> dict[str, str]:
             pieces.append("")
         else:
             pieces[-1] += letter
+    if depth:
+        raise InputError(f"kv={text!r}: {tail!r} has brackets that do not match: write name(field=value,...).")
     found: dict[str, str] = {}
     for piece in filter(None, (piece.strip() for piece in pieces)):
         name, equals, value = (part.strip() for part in piece.partition("="))
         if not equals or not value:
             raise InputError(f"kv={text!r}: {piece!r} must be name=value.")
         if name in found:
-            raise InputError(f"kv={text!r}: {name} is given twice.")
+            raise InputError(f"kv={text!r}: {name} is given twice: give it once.")
         found[name] = value
     return found
 
@@ -179,4 +183,5 @@ def _value(name: str, value: str, kind: type, text: str) -> Any:
     try:
         return kind(value)
     except ValueError:
-        raise InputError(f"kv={text!r}: {name}={value} must be of type {kind.__name__}.") from None
+        wanted = {int: "a whole number", float: "a number"}[kind]
+        raise InputError(f"kv={text!r}: {name}={value} must be {wanted}.") from None

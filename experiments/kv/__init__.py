@@ -1,0 +1,61 @@
+"""What compressing the KV cache does to a model's abilities, and what whole units are worth. Run by configs/kv.py."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jaxfw
+from experiments.kv import claim, observations, page, recall, study
+from jaxfw.core.config import to_dataclass
+from jaxfw.core.errors import unknown
+from jaxfw.weights import model_sha256
+
+PARTS = ("study", "claim")
+
+
+@dataclasses.dataclass(frozen=True)
+class KVConfig:
+    """Which part runs, on which model."""
+
+    experiment: str
+    part: str
+    model: str
+    study: study.StudyConfig
+    recall: recall.RecallConfig
+
+    def __post_init__(self):
+        if self.part not in PARTS:
+            raise unknown("config.part", self.part, PARTS)
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """How much will be asked."""
+    c = to_dataclass(KVConfig, config)
+    if c.part == "claim":
+        models = len(c.recall.tasks) * len(c.recall.seeds) + len(c.recall.relatives)
+        return {"models to train": models, "steps each": c.recall.steps}
+    cells = len(list(c.study.cells()))
+    return {"cells": cells, "answers": cells * c.study.items}
+
+
+def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
+    """The study, or the claim."""
+    c = to_dataclass(KVConfig, config)
+    if c.part == "claim":
+        return run_claim(c.recall)
+    lm = jaxfw.load(c.model)
+    lines = study.run_cells(lm, c.study, workdir and workdir / "cells.jsonl")
+    judged = observations.judged(lines)
+    return {
+        "metrics": {"model": c.model, "model_sha256": model_sha256(c.model), "cells": lines, "observations": judged},
+        "checks": page.study_checks(lines),
+        "report": page.study_page(lm, c.model, c.study, lines, judged),
+    }
+
+
+def run_claim(c: recall.RecallConfig) -> dict[str, Any]:
+    """Every model trained and asked."""
+    jobs = [(name, seed) for name in c.tasks for seed in c.seeds] + [(name, c.seeds[0]) for name in c.relatives]
+    lines = [line for name, seed in jobs for line in recall.measure(c, recall.TASKS[name], seed)]
+    checks = [check for name in c.tasks for check in claim.checks(lines, name, c.budgets(recall.TASKS[name]))]
+    return {"metrics": {"cells": lines}, "checks": checks, "report": page.claim_page(c, lines)}
