@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.study.abilities = (
         "facts:12", "composition:6", "arithmetic:4", "code:2", "safety:8", "retrieval:0", "long_output:1",
     )  # fmt: skip
-    c.study.more = ("arithmetic:1", "arithmetic:16", "rule:4")  # for the observations, by the paper's methods only
+    c.study.more = ("arithmetic:1", "arithmetic:16", "rule:4")  # for the observations, by `few` methods
     c.study.methods = (
         "streaming@keep={keep}", "random@keep={keep}", "knorm@keep={keep}", "keydiff@keep={keep}",
         "snapkv(w=8)@keep={keep}", "h2o@keep={keep}", "tova@keep={keep}", "pyramidkv(w=8)@keep={keep}",
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )  # fmt: skip
     c.study.few = (
         "streaming@keep={keep}", "h2o@keep={keep}", "snapkv(w=8)@keep={keep}", "pyramidkv(w=8)@keep={keep}",
-        "chunkkv(w=8)@keep={keep}",
+        "chunkkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep}",
     )  # fmt: skip
     c.study.keeps = (0.4, 0.2, 0.1)
     c.study.compared = 0.2  # where the other protocols are measured
@@ -69,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.study.abilities = ("retrieval:0",)
         c.study.more = ()
         c.study.methods = ("snapkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep},rd={keep}")
-        c.study.few = ()
+        c.study.few = ("snapkv(w=8)@keep={keep}",)
         c.study.keeps = (0.2,)
         c.study.items = 4
         c.recall.tasks = ("rows",)

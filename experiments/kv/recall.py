@@ -49,12 +49,12 @@ class RecallTask:
         return 1 + self.rows * (self.values + 2) + 2 + self.shifts
 
     def lesson(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
-        """One to `rows` rows, and questions with their answers up to a fixed length; which tokens are answers.
+        """`rows` rows in half of the lessons, else one to `rows`, and questions with their answers up to a fixed length; which tokens are answers.
 
         Numbers of rows vary, as lengths of texts do: otherwise models learn to rely on how many there are, and fail on
         fewer even if these are the right ones.
         """
-        count = int(rng.integers(1, self.rows + 1))
+        count = self.rows if rng.random() < 0.5 else int(rng.integers(1, self.rows + 1))
         types, values = self._rows(rng, count)
         shown = self._shown(types, values)
         tokens, is_answer = [shown], [np.zeros(len(shown), bool)]

@@ -57,8 +57,10 @@ def to_asked(text: str) -> Asked:
 class StudyConfig:
     """What is asked (`abilities`, and `more` by `few` methods only), how it is compressed, and how many items.
 
+    The `few` are also those that are measured under the other protocols.
+
     Abilities are written task:shots. `methods` are kv strings with {keep} in them. `keeps` are measured under
-    `protocol`; the other protocols at `compared`.
+    `protocol` (of `more` those up to `compared`), the other protocols at `compared`.
     """
 
     abilities: tuple[str, ...]
@@ -94,8 +96,9 @@ class StudyConfig:
             yield Cell(asked, None, 1.0, "full")
             for method in self.methods if is_main else self.few:
                 for keep in self.keeps:
-                    yield Cell(asked, method, keep, self.protocol)
-                for protocol in PROTOCOLS if is_main else ():
+                    if is_main or keep <= self.compared:
+                        yield Cell(asked, method, keep, self.protocol)
+                for protocol in PROTOCOLS if is_main and method in self.few else ():
                     if protocol != self.protocol:
                         yield Cell(asked, method, self.compared, protocol)
 
