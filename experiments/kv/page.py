@@ -15,9 +15,9 @@ DRAWN = ("streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8)", "chunkkv(w=8)", "s
 # Protected tokens and the best unit stay in any case; a pyramid rounds in each layer.
 MAY_EXCEED = ("shotkv", "randomshot", "oracleshot", "pyramidkv")
 READING = """Under the protocol full every method has the full cache's first token: it is drawn before anything is
-forgotten. Methods that keep tokens still find the row that is asked for, and cannot repeat it; methods that keep the row
-can. SnapKV's pooling over five neighbours is nearly a row of six. The oracle keeps the row that is asked for by its
-number: what it loses is lost whatever is chosen."""
+forgotten. Methods that keep tokens still find the row that is asked for, and cannot repeat it; methods that keep the
+row can. SnapKV's pooling over five neighbours is nearly a row of six. The oracle keeps the row that is asked for by
+its number: what it loses is lost whatever is chosen."""
 
 
 def study_checks(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,8 +40,8 @@ def study_page(
     return {
         "title": f"KV-cache compression: what it does to {model}",
         "summary": f"{len(lines)} cells of {c.items} items each. Accuracies have Wilson's 95 % intervals; changes to "
-        "the full cache are paired over the same items, with bootstrap intervals. What was kept is counted, not assumed: "
-        "tokens of the prompt over layers and heads, and bytes with everything that describes them.\n\n"
+        "the full cache are paired over the same items, with bootstrap intervals. What was kept is counted, not "
+        "assumed: tokens of the prompt over layers and heads, and bytes with everything that describes them.\n\n"
         "Protocols: full draws the first new token before anything is forgotten; refeed reads the last token of the "
         "prompt again through the compressed cache; ctx compresses the shots or lines alone, and reads the question "
         f"through that. Budgets are compared under {c.protocol}.",

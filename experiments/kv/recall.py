@@ -49,10 +49,10 @@ class RecallTask:
         return 1 + self.rows * (self.values + 2) + 2 + self.shifts
 
     def lesson(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
-        """`rows` rows in half of the lessons, else one to `rows`, and questions with their answers up to a fixed length; which tokens are answers.
+        """Rows, and questions with their answers up to a fixed length; and which tokens are answers.
 
-        Numbers of rows vary, as lengths of texts do: otherwise models learn to rely on how many there are, and fail on
-        fewer even if these are the right ones.
+        Half of the lessons have `rows` rows, the others fewer, as texts differ in length: otherwise models learn to
+        rely on how many there are, and fail on fewer even if these are the right ones.
         """
         count = self.rows if rng.random() < 0.5 else int(rng.integers(1, self.rows + 1))
         types, values = self._rows(rng, count)
