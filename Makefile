@@ -1,4 +1,4 @@
-# Two environments in the checkout: .venv runs and tests jaxfw, .venv-oracle adds transformers and torch.
+# Environments in the checkout: .venv runs and tests jaxfw, .venv-oracle adds transformers and torch, .venv-oracle-kv kvpress.
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 CUDA ?= cuda13
@@ -84,9 +84,9 @@ embedded: .venv/installed  ## train the embedded model from nothing, in three st
 card: .venv/installed  ## measure the embedded model that comes with jaxfw, and write its card anew
 	$(BIN) -m experiments.embedded.card
 
-notebook: .venv/dev  ## docs/tour.ipynb from docs/tour.py, executed
-	.venv/bin/jupytext --quiet --to ipynb --set-kernel python3 docs/tour.py
-	PYTHONPATH=$(CURDIR) .venv/bin/jupyter-execute --inplace docs/tour.ipynb
+notebook: .venv/dev  ## docs/tour.ipynb and docs/forgetting.ipynb from their .py, executed
+	.venv/bin/jupytext --quiet --to ipynb --set-kernel python3 docs/tour.py docs/forgetting.py
+	PYTHONPATH=$(CURDIR) .venv/bin/jupyter-execute --inplace docs/tour.ipynb docs/forgetting.ipynb
 
 .venv/$(CUDA): .venv/installed
 	$(BIN) $(PIP) $(EDITABLE) '.[$(CUDA)]'

@@ -66,7 +66,7 @@ def kept(method: str) -> np.ndarray:
     ids = m.tokenizer.encode(item.prompt)
     units = pack_units([m.tokenizer.unit_ids(item.prompt, lines)], [ids], bucket(len(ids)))
     policy = parse(f"{method}@keep=0.25", layers=m.config.layers)
-    _, cache = engine.read(m.config, m.params, [ids], policy=policy, room=256, new=1, units=units)
+    _, cache = engine.read(m.config, m.params, [ids], policy=policy, room=bucket(len(ids)) + 1, new=1, units=units)
     held = np.stack([np.asarray(state.kept_positions)[0] for state in cache.layers])  # [L K S]
     return (held[..., None] == np.arange(len(ids))).any(axis=2).mean(axis=(0, 1))
 
@@ -86,7 +86,7 @@ plt.show()
 # again through the compressed cache; `"ctx"` compresses the lines alone and reads the question through them.
 
 # %%
-task, few = TASKS["retrieval"], {"n": 32, "level": 16, "batch": 32}
+task, few = TASKS["retrieval"], {"n": 24, "level": 16, "batch": 24}
 full = evaluate(m, task, **few)
 print(f"{'full cache':14}{full.accuracy.value:.2f}")
 for method in ("knorm", "snapkv(w=4)", "shotkv"):
@@ -114,7 +114,7 @@ for keep in (0.5, 0.3, 0.15):
 # %%
 ids = m.tokenizer.encode(item.prompt)
 for kv in ("knorm@keep=1", "snapkv(w=4)@keep=0.25", "pyramidkv(w=4)@keep=0.25"):
-    _, cache = engine.read(m.config, m.params, [ids], policy=parse(kv, layers=m.config.layers), room=256, new=1)
+    _, cache = engine.read(m.config, m.params, [ids], policy=parse(kv, layers=m.config.layers), room=bucket(len(ids)) + 1, new=1)
     print(f"{kv:26}{cache.nbytes:9,} bytes")
 
 # %% [markdown]

@@ -51,10 +51,10 @@ class RecallTask:
     def lesson(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
         """Rows, and questions with their answers up to a fixed length; and which tokens are answers.
 
-        Half of the lessons have `rows` rows, the others fewer, as texts differ in length: otherwise models learn to
+        A quarter of the lessons have `rows` rows, the others one to as many, as texts differ in length: otherwise models learn to
         rely on how many there are, and fail on fewer even if these are the right ones.
         """
-        count = self.rows if rng.random() < 0.5 else int(rng.integers(1, self.rows + 1))
+        count = self.rows if rng.random() < 0.25 else int(rng.integers(1, self.rows + 1))
         types, values = self._rows(rng, count)
         shown = self._shown(types, values)
         tokens, is_answer = [shown], [np.zeros(len(shown), bool)]
