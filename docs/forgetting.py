@@ -114,7 +114,9 @@ for keep in (0.5, 0.3, 0.15):
 # %%
 ids = m.tokenizer.encode(item.prompt)
 for kv in ("knorm@keep=1", "snapkv(w=4)@keep=0.25", "pyramidkv(w=4)@keep=0.25"):
-    _, cache = engine.read(m.config, m.params, [ids], policy=parse(kv, layers=m.config.layers), room=bucket(len(ids)) + 1, new=1)
+    _, cache = engine.read(
+        m.config, m.params, [ids], policy=parse(kv, layers=m.config.layers), room=bucket(len(ids)) + 1, new=1
+    )
     print(f"{kv:26}{cache.nbytes:9,} bytes")
 
 # %% [markdown]
