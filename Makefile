@@ -31,7 +31,7 @@ test: .venv/dev  ## lint, types, unit tests, doctests
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 	$(BIN) -m pyright --pythonpath $(BIN)
-	$(BIN) -m pytest -n 2
+	$(BIN) -m pytest -n 2 --dist worksteal
 
 .venv-oracle/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oracle
@@ -40,7 +40,7 @@ test: .venv/dev  ## lint, types, unit tests, doctests
 	$(ORACLE) $(PIP) --target .venv-oracle/transformers4 'transformers==4.57.*'
 	touch $@
 oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files) and torch; installs them, on the CPU
-	JAXFW_TRANSFORMERS4=$(CURDIR)/.venv-oracle/transformers4 $(ORACLE) -m pytest -n 2 tests/oracle
+	JAXFW_TRANSFORMERS4=$(CURDIR)/.venv-oracle/transformers4 $(ORACLE) -m pytest -n 2 --dist worksteal tests/oracle
 
 .venv-oracle-kv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-oracle-kv
@@ -49,7 +49,7 @@ oracle: .venv-oracle/installed  ## compare with transformers (5, and 4 for files
 	touch $@
 oracle-kv: .venv-oracle-kv/installed  ## compare cache compression with kvpress: what it keeps, end to end; write its fixtures anew
 	.venv-oracle-kv/bin/python -m tests.oracle_kv.kvpress_cases
-	.venv-oracle-kv/bin/python -m pytest -n 2 tests/oracle_kv
+	.venv-oracle-kv/bin/python -m pytest -n 2 --dist worksteal tests/oracle_kv
 
 kv: .venv/installed  ## the study of cache compression on the embedded model, ShotKV's claim, decoding beside kvpress
 	$(BIN) -m jaxfw.launch --config=configs/kv.py --workdir=runs/kv

@@ -79,15 +79,23 @@ def fast_to_compile():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
+def units_of(lengths, width):
+    """Units of four tokens, and a question of two: for policies that keep whole units of a prompt."""
+    at = jnp.arange(width)
+    return jnp.where(at < jnp.asarray(lengths)[:, None] - 2, at // 4, -1)
+
+
 traced: list[CachePolicy] = []  # the policies that `run` was traced with
 
 
 @functools.partial(jax.jit, static_argnames=("config", "policy", "room", "write"), compiler_options=FAST_TO_COMPILE)
 def run(config, policy, params, tokens, lengths, keys, cache=None, *, room=ROOM, write=True):
     traced.append(policy)
+    units = units_of(lengths, tokens.shape[1]) if cache is None else None
     return forward(
-        config, params, tokens, lengths=lengths, policy=policy, cache=cache, room=room, write=write, key=keys
-    )
+        config, params, tokens, lengths=lengths, policy=policy, cache=cache, room=room, write=write, key=keys,
+        unit_id=units,
+    )  # fmt: skip
 
 
 def forms(tree):
@@ -121,7 +129,7 @@ class CacheContract:
         return run(CONFIG, self.policy, params(), tokens, jnp.asarray(lengths, jnp.int32), drawn, cache, write=write)
 
     def empty(self, room, dtype=jnp.float32):
-        options: Any = {"spec": SPEC, "prompt": room // 2, "new": room - room // 2, "dtype": dtype}
+        options: Any = {"spec": SPEC, "prompt": T, "new": room - T, "dtype": dtype}
         return Cache(tuple(self.policy.at(i).empty(B, **options) for i in range(CONFIG.layers)))
 
     def answer(self, cache):
@@ -148,6 +156,7 @@ class CacheContract:
 
     def forward_abstractly(self, config, width, cache=None):
         call = functools.partial(forward, config, policy=self.policy, room=ROOM)
+        call = functools.partial(call, unit_id=jnp.zeros((B, width), jnp.int32))
         lengths, tokens = jnp.ones(B, jnp.int32), jnp.zeros((B, width), jnp.int32)
         return jax.eval_shape(call, params(), tokens, lengths=lengths, cache=cache, key=keys()).cache
 
@@ -304,14 +313,18 @@ class CacheContract:
     def generated(self, rows):
         prompts = [text()[b, : LENGTHS[b]].tolist() for b in rows]
         options: Any = {"policy": self.policy, "room": ROOM, "key": keys()[jnp.asarray(rows)]}
+        units = [np.asarray(units_of([len(prompt)], len(prompt)))[0].tolist() for prompt in prompts]
         with fast_to_compile():
-            return engine.generate(CONFIG, params(), prompts, max_new_tokens=NEW, **options).tokens
+            return engine.generate(CONFIG, params(), prompts, max_new_tokens=NEW, unit_ids=units, **options).tokens
 
     def test_prefill_by_parts_equals_the_whole(self):
         tokens, lengths = cut((0, 0, 0), LENGTHS, T), jnp.asarray(LENGTHS, jnp.int32)
         whole = self.prefilled()
         with fast_to_compile():
-            logits, cache = engine.prefill(CONFIG, params(), tokens, lengths, policy=self.policy, room=ROOM, key=keys())
+            logits, cache = engine.prefill(
+                CONFIG, params(), tokens, lengths, policy=self.policy, room=ROOM, key=keys(),
+                unit_id=units_of(lengths, T),
+            )  # fmt: skip
         self.assert_close(logits, whole.logits[jnp.arange(B), lengths - 1])
         assert forms(cache) == forms(whole.cache)
         self.assert_close(self.answer(cache), self.answer(whole.cache))

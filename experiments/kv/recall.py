@@ -51,8 +51,8 @@ class RecallTask:
     def lesson(self, rng: np.random.Generator) -> tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
         """Rows, and questions with their answers up to a fixed length; and which tokens are answers.
 
-        A quarter of the lessons have `rows` rows, the others one to as many, as texts differ in length: otherwise models learn to
-        rely on how many there are, and fail on fewer even if these are the right ones.
+        A quarter of the lessons have `rows` rows, the others one to as many, as texts differ in length: else models
+        learn to rely on how many there are, and fail on fewer even if these are the right ones.
         """
         count = self.rows if rng.random() < 0.25 else int(rng.integers(1, self.rows + 1))
         types, values = self._rows(rng, count)

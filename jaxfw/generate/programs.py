@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxfw.core.keys import fold
 from jaxfw.core.mesh import BATCH_AXES, constrain
 from jaxfw.core.shapes import Array, Bool, Float, Int, PRNGKeyArray, PyTree
-from jaxfw.models import DecoderConfig, Edit, embed, first_step, forward, head, layer, trunk
+from jaxfw.models import DecoderConfig, Edit, embed, finish, first_step, forward, head, layer, trunk
 from jaxfw.models.cache import Cache, CachePolicy, Step
 from jaxfw.models.routing import Experts, Router
 from jaxfw.models.sharding import state_spec
@@ -66,7 +66,7 @@ def _embed(config, params, tokens, step, taps):
 _STATIC = ("config", "policy", "room", "write", "router", "experts")
 _layer = jax.jit(layer, static_argnames=_STATIC, donate_argnames="x")
 _extend_layer = jax.jit(layer, static_argnames=_STATIC, donate_argnames=("x", "state"))
-_finish = jax.jit(lambda policy, states, step: policy.finish(states, step), static_argnums=0, donate_argnums=1)
+_finish = jax.jit(finish, static_argnums=0, donate_argnums=1)
 
 
 @partial(jax.jit, static_argnames="T")

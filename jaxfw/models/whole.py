@@ -14,12 +14,14 @@ import numpy as np
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.keys import row_keys
+from jaxfw.core.mesh import constrain
 from jaxfw.core.shapes import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxfw.models import taps as tap
 from jaxfw.models.cache.policy import Cache, CachePolicy, Step
 from jaxfw.models.checks import check_cache, check_layers, check_mixture, check_packing, check_tokens
 from jaxfw.models.decoder import LayerOutput, default_router, embed, first_step, head, layer
 from jaxfw.models.routing import Experts, Router
+from jaxfw.models.sharding import state_spec
 from jaxfw.models.taps import Sites, Taps
 from jaxfw.nn.config import DecoderConfig
 
@@ -116,13 +118,19 @@ def trunk(
         held = None
     elif cache is None:
         states = tuple(out.state for out in outs)
-        held = run_finish(policy, states, step) if run_finish else policy.finish(states, step)
+        held = (run_finish or finish)(policy, states, step)
     else:
         held = dataclasses.replace(cache, layers=tuple(out.state for out in outs))
     states = {f"layers_{i}": out.router_state for i, out in enumerate(outs) if out.router_state is not None}
     return TrunkOutput(
         x, held, _stack([out.losses for out in outs]), _stack([out.metrics for out in outs]), states, collected
     )
+
+
+def finish(policy: CachePolicy, states: tuple[Any, ...], step: Step) -> Cache:
+    """What the policy makes of the states of all layers behind a prompt, laid out on a mesh as every state is."""
+    cache = policy.finish(states, step)
+    return jax.tree.map(lambda x: constrain(x, *state_spec(x.ndim)), cache)
 
 
 def remat_layer(
