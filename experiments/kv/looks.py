@@ -10,7 +10,7 @@ from jaxfw.kv.analysis import attention_profile, kept_map, layer_jaccard, summar
 from jaxfw.report import Curve, HeatMap, Plot, Table
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-LAST, ROWS = 32, 32  # queries where nothing follows the last unit; prompts whose attention is looked at
+LAST, ROWS = 32, 16  # queries where nothing follows the last unit; prompts whose attention is looked at
 
 
 def sections(lm: LM, c: StudyConfig) -> list[Any]:
@@ -18,39 +18,33 @@ def sections(lm: LM, c: StudyConfig) -> list[Any]:
     abilities = [to_asked(text) for text in c.abilities]
     shown = max(abilities, key=lambda asked: asked.task == "arithmetic")
     profiles = {asked.name: profile(lm, c, asked) for asked in abilities}
-    return [kept_positions(lm, c, shown), neighbours(lm, c, shown), *attention(profiles)]
+    return [*positions(lm, c, shown), *attention(profiles)]
 
 
-def kept_positions(lm: LM, c: StudyConfig, asked: Asked) -> HeatMap:
-    """Which tokens of the first prompt every method keeps."""
-    rows, values, boundaries = [], [], ()
+def positions(lm: LM, c: StudyConfig, asked: Asked) -> list[Any]:
+    """Which tokens of the first prompt every method keeps, and how much of a layer's choice the next one shares."""
+    ids, units = prompts(lm, c, Cell(asked, None, 1.0, "full"))
+    values, agreement = [], []
     for method in c.methods:
         cell = Cell(asked, method, c.compared, c.protocol)
-        ids, units = prompts(lm, c, cell)
         cache, lengths = prompt_cache(lm, c, cell)
-        rows.append(cell.label)
         values.append(kept_map(cache, int(lengths[0])).tolist())
-        first = units[0]
-        boundaries = tuple(i for i in range(1, len(first)) if first[i] != first[i - 1])
-    return HeatMap(
-        f"What stays of a prompt: {asked.name}, keep {c.compared}", tuple(rows), values,
-        x_label="position in the prompt", boundaries=boundaries,
-        note="The share of layers and heads that hold the token; a rule stands where a shot begins, and the question.",
-    )  # fmt: skip
-
-
-def neighbours(lm: LM, c: StudyConfig, asked: Asked) -> Table:
-    """How much of a layer's choice the next one shares."""
-    found = []
-    for method in c.methods:
-        cell = Cell(asked, method, c.compared, c.protocol)
-        found.append((cell.label, layer_jaccard(*prompt_cache(lm, c, cell))))
-    return Table(
-        f"Agreement of neighbouring layers: {asked.name}, keep {c.compared}", ("method", "Jaccard index"),
-        tuple(found),
-        note="Of the kept positions of adjacent layers, the share of their union that is in both; mean over layers, "
-        "heads and prompts.",
-    )  # fmt: skip
+        agreement.append((cell.label, layer_jaccard(cache, lengths)))
+    first = units[0]
+    return [
+        HeatMap(
+            f"What stays of a prompt: {asked.name}, keep {c.compared}", tuple(name for name, _ in agreement), values,
+            x_label="position in the prompt",
+            boundaries=tuple(i for i in range(1, len(ids[0])) if first[i] != first[i - 1]),
+            note="The share of layers and heads that hold the token; a rule stands where a shot begins, and the question.",
+        ),
+        Table(
+            f"Agreement of neighbouring layers: {asked.name}, keep {c.compared}", ("method", "Jaccard index"),
+            tuple(agreement),
+            note="Of the kept positions of adjacent layers, the share of their union that is in both; mean over layers, "
+            "heads and prompts.",
+        ),
+    ]  # fmt: skip
 
 
 def profile(lm: LM, c: StudyConfig, asked: Asked) -> Any:
@@ -85,7 +79,7 @@ def attention(profiles: dict[str, Any]) -> list[Any]:
                             [point.low for point in points], [point.high for point in points]))  # fmt: skip
     rows = [
         (name, summary(found.entropy), summary(found.area), summary(found.curve_all[..., 0]),
-         *(summary(found.regions[..., region]) for region in range(3)))
+         *(summary(found.regions_all[..., region]) for region in range(3)))
         for name, found in profiles.items()
     ]  # fmt: skip
     return [

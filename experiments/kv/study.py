@@ -21,6 +21,7 @@ from jaxfw.generate import LM, engine, programs
 from jaxfw.generate.compression import PROTOCOLS, reading
 from jaxfw.generate.prompts import bucket, pack_units
 from jaxfw.kv import KVCache, parse
+from jaxfw.kv.analysis import kept_share
 from jaxfw.models import attention_spec
 from jaxfw.models.cache import Cache
 
@@ -146,7 +147,8 @@ def measure(lm: LM, c: StudyConfig, cell: Cell) -> dict[str, Any]:
         "accuracy": dataclasses.asdict(found.accuracy),
     }  # fmt: skip
     if cell.kv:
-        kept = kept_by_layer(*prompt_cache(lm, c, cell))
+        cache, lengths = prompt_cache(lm, c, cell)
+        kept = kept_share(lm.config, cache, lengths, room=c.room).tokens.mean(axis=1)
         line |= {"kept": float(np.mean(kept)), "kept_by_layer": kept.tolist(), "bytes": byte_share(lm, cell, c)}
     else:
         trivial = baselines(task, n=c.items, level=level, seed=c.seed)
@@ -177,12 +179,6 @@ def prompt_cache(lm: LM, c: StudyConfig, cell: Cell) -> tuple[Cache, np.ndarray]
         lm.config, lm.params, ids, policy=policy, room=c.room, new=1, units=pack_units(units, ids, T), key=key
     )
     return cache, np.array(contexts)
-
-
-def kept_by_layer(cache: Cache, lengths: np.ndarray) -> np.ndarray:
-    """Of each layer the share of the prompts' tokens that it holds, mean over heads and rows."""
-    held = np.array([np.sum(np.asarray(state.kept_positions) >= 0, axis=2).mean(axis=1) for state in cache.layers])
-    return np.mean(held / np.maximum(lengths, 1), axis=1)
 
 
 def byte_share(lm: LM, cell: Cell, c: StudyConfig) -> float:

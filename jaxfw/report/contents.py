@@ -16,6 +16,7 @@ class Interval:
     high: float
 
 
+ROUNDING = 1e-6  # a mean of ones in float32 may exceed 1
 Cell: TypeAlias = str | int | float | bool | Interval | None
 
 
@@ -94,6 +95,45 @@ class Lanes:
     note: str = ""
 
 
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Rows of numbers in [0, 1], one a column, as shades of one colour. None and NaN leave a column empty.
+
+    `boundaries` are the columns at which a unit begins: thin rules over all rows. `ends` says in the legend what 0 and
+    1 mean: the words left and right of the shades.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    values: Sequence[Sequence[float | None]]
+    x_label: str
+    boundaries: tuple[int, ...] = ()
+    ends: tuple[str, str] = ("0", "1")
+    note: str = ""
+
+    def __post_init__(self):
+        if len(self.rows) != len(self.values):
+            raise InputError(
+                f"HeatMap {self.title!r} has {len(self.rows)} names of rows and {len(self.values)} rows of values. "
+                "Each row needs its name."
+            )
+        sizes = [len(row) for row in self.values]
+        if len(set(sizes)) > 1:
+            raise InputError(
+                f"HeatMap {self.title!r}: rows have {sizes} values. They must have equally many: use None for a "
+                "column without a value."
+            )
+        for name, row in zip(self.rows, self.values, strict=True):
+            odd = [value for value in row if value is not None and value == value and not 0 <= value <= 1 + ROUNDING]
+            if odd:
+                raise InputError(f"HeatMap {self.title!r}: row {name!r} holds {odd[0]}. Values are shares, in [0, 1].")
+        for column in self.boundaries:
+            if not 0 <= column <= max(sizes, default=0):
+                raise InputError(
+                    f"HeatMap {self.title!r}: boundary {column} lies outside of the {max(sizes, default=0)} columns."
+                )
+
+
 @dataclass(frozen=True)
 class Text:
     """Prose, or with `mono` anything whose spaces and line breaks matter: generated samples, logs, code."""
@@ -103,4 +143,4 @@ class Text:
     mono: bool = False
 
 
-Section: TypeAlias = Table | Plot | Lanes | Text
+Section: TypeAlias = Table | Plot | Lanes | HeatMap | Text

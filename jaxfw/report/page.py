@@ -13,8 +13,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxfw.report.contents import Lanes, Plot, Section, Table, Text
+from jaxfw.report.contents import HeatMap, Lanes, Plot, Section, Table, Text
 from jaxfw.report.drawing import draw
+from jaxfw.report.heatmap import draw_heat_map
 from jaxfw.report.lanes import draw_lanes, legend
 from jaxfw.report.numerals import is_numeric, plain, write_column, write_value
 
@@ -38,7 +39,7 @@ def write_report(
       path: the file, usually `workdir/report.html`; its folder is made where it is missing.
       title: what was run.
       summary: what came out, in a few sentences; blank lines part paragraphs.
-      sections: tables, plots and texts, shown in this order and numbered as in a paper.
+      sections: what `contents` holds, shown in this order and numbered as in a paper.
       checks: dicts with `name, value, bound, ok`; a check without `ok` counts as failed.
       config: the run's configuration, nested; shown folded, with dotted names.
       environment: likewise; its `command` and `started`, if there, also stand at the head of the page.
@@ -76,7 +77,7 @@ def _check(check: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(sections: Sequence[Section]) -> Iterator[dict[str, Any]]:
-    numbered = {Table: "table", Plot: "figure", Lanes: "figure", Text: "text"}
+    numbered = {Table: "table", Plot: "figure", Lanes: "figure", HeatMap: "figure", Text: "text"}
     counts = dict.fromkeys(numbered.values(), 0)
     for number, section in enumerate(sections, 1):
         counts[numbered[type(section)]] += 1
@@ -89,6 +90,8 @@ def _sections(sections: Sequence[Section]) -> Iterator[dict[str, Any]]:
                 made = {"kind": "plot", "drawing": draw(section, prefix=anchor), "has_bands": has_bands}
             case Lanes():
                 made = {"kind": "lanes", "drawing": draw_lanes(section), "legend": legend(section)}
+            case HeatMap():
+                made = {"kind": "heat", "drawing": draw_heat_map(section, prefix=anchor)}
             case Text():
                 made = {"kind": "text", "paragraphs": _paragraphs(section.body)}
         yield {"anchor": anchor, "number": counts[numbered[type(section)]], "source": section, **made}
