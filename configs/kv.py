@@ -50,7 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.recall = ConfigDict()
     c.recall.tasks = ("rows",)  # also "long rows"
     c.recall.relatives = ("pairs",)  # also "shifts"; one seed, reported beside the claim
-    c.recall.seeds = (0, 1, 2)
+    c.recall.seeds = (0, 1, 2, 3, 4, 5)  # in this order, until `models` have learned the task
+    c.recall.models = 3
     c.recall.steps = 5000
     c.recall.batch = 32
     c.recall.learning_rate = 6e-3
@@ -75,6 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.recall.tasks = ("rows",)
         c.recall.relatives = ()
         c.recall.seeds = (0,)
+        c.recall.models = 1
         c.recall.steps = 4
         c.recall.asked = 8
         c.recall.methods = ("shotkv@budget={budget}", "snapkv(w=2)@budget={budget}", "randomshot@budget={budget}",

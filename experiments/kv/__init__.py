@@ -32,8 +32,8 @@ def describe(config: Any) -> dict[str, Any]:
     """How much will be asked."""
     c = to_dataclass(KVConfig, config)
     if c.part == "claim":
-        models = len(c.recall.tasks) * len(c.recall.seeds) + len(c.recall.relatives)
-        return {"models to train": models, "steps each": c.recall.steps}
+        models = len(c.recall.tasks) * c.recall.models + len(c.recall.relatives)
+        return {"models to train, at least": models, "steps each": c.recall.steps}
     cells = len(list(c.study.cells()))
     return {"cells": cells, "answers": cells * c.study.items}
 
@@ -42,7 +42,7 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     """The study, or the claim."""
     c = to_dataclass(KVConfig, config)
     if c.part == "claim":
-        return run_claim(c.recall)
+        return run_claim(c.recall, workdir and workdir / "cells.jsonl")
     lm = jaxfw.load(c.model)
     lines = study.run_cells(lm, c.study, workdir and workdir / "cells.jsonl")
     judged = observations.judged(lines)
@@ -53,9 +53,10 @@ def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:
     }
 
 
-def run_claim(c: recall.RecallConfig) -> dict[str, Any]:
+def run_claim(c: recall.RecallConfig, path: Path | None = None) -> dict[str, Any]:
     """Every model trained and asked."""
-    jobs = [(name, seed) for name in c.tasks for seed in c.seeds] + [(name, c.seeds[0]) for name in c.relatives]
-    lines = [line for name, seed in jobs for line in recall.measure(c, recall.TASKS[name], seed)]
-    checks = [check for name in c.tasks for check in claim.checks(lines, name, c.budgets(recall.TASKS[name]))]
+    lines = recall.run_models(c, path)
+    checks = [
+        check for name in c.tasks for check in claim.checks(lines, name, c.budgets(recall.TASKS[name]), models=c.models)
+    ]
     return {"metrics": {"cells": lines}, "checks": checks, "report": page.claim_page(c, lines)}

@@ -36,13 +36,13 @@ def positions(lm: LM, c: StudyConfig, asked: Asked) -> list[Any]:
             f"What stays of a prompt: {asked.name}, keep {c.compared}", tuple(name for name, _ in agreement), values,
             x_label="position in the prompt",
             boundaries=tuple(i for i in range(1, len(ids[0])) if first[i] != first[i - 1]),
-            note="The share of layers and heads that hold the token; a rule stands where a shot begins, and the question.",
+            note="The share of layers and heads that hold the token; rules stand where shots and the question begin.",
         ),
         Table(
             f"Agreement of neighbouring layers: {asked.name}, keep {c.compared}", ("method", "Jaccard index"),
             tuple(agreement),
-            note="Of the kept positions of adjacent layers, the share of their union that is in both; mean over layers, "
-            "heads and prompts.",
+            note="Of the kept positions of adjacent layers, the share of their union that is in both; mean over "
+            "layers, heads and prompts.",
         ),
     ]  # fmt: skip
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.kv import looks
+from experiments.kv import claim, looks
 from experiments.kv.recall import PROTOCOLS, RecallConfig
 from experiments.kv.study import FULL, StudyConfig
 from jaxfw.generate import LM
@@ -167,8 +167,12 @@ def _protocols(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> list[Table]:
 def claim_page(c: RecallConfig, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Whole answers and first tokens, means over seeds."""
     sections: list[Any] = []
+    counted = claim.learned(lines)
+    failed = sorted(
+        {(line["task"], line["seed"]) for line in lines} - {(line["task"], line["seed"]) for line in counted}
+    )
     for task in (*c.tasks, *c.relatives):
-        here = _find(lines, task=task)
+        here = _find(counted, task=task)
         seeds = list(dict.fromkeys(line["seed"] for line in here))
         rows = []
         for method, budget in dict.fromkeys((line["method"], line["budget"]) for line in here):
@@ -189,6 +193,8 @@ def claim_page(c: RecallConfig, lines: Sequence[dict[str, Any]]) -> dict[str, An
     return {
         "title": "Row recall: whole units against as many tokens",
         "summary": f"Small LLaMAs of {c.layers} layers, width {c.width}, trained for {c.steps} steps on rows and "
-        "questions about them. Budgets are tokens of the prompt.",
+        "questions about them. Budgets are tokens of the prompt. "
+        + (f"Not learned, and asked nothing more: {', '.join(f'{task} seed {seed}' for task, seed in failed)}."
+           if failed else "Every model learned its task."),
         "sections": sections,
     }  # fmt: skip

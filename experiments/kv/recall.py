@@ -6,6 +6,9 @@ token is enough; with `shifts`, the question adds a number to every value, so th
 """
 
 import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from jaxfw.models import DecoderConfig
 from jaxfw.train import NextTokenLoss, OptimizerConfig, init_state, make_optimizer, make_step, train
 
 BOS, SEP, ASK, FIRST_TYPE = range(4)
+LEARNED = 0.98  # whole answers with the full cache
 PROTOCOLS = ("full", "refeed")
 
 
@@ -118,7 +122,9 @@ TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class RecallConfig:
-    """Tasks of the claim (over all seeds), relatives (the first seed), the model's size, its training, what is asked.
+    """Tasks of the claim, relatives, the model's size, its training, what is asked.
+
+    Of each task the first `models` of the `seeds` count that learn it: small models do so at once or hardly.
 
     `methods` are kv strings with {budget} in them; budgets are the `shares` of the prompt, rounded down.
     """
@@ -126,6 +132,7 @@ class RecallConfig:
     tasks: tuple[str, ...]
     relatives: tuple[str, ...]
     seeds: tuple[int, ...]
+    models: int
     steps: int
     batch: int
     learning_rate: float
@@ -136,7 +143,7 @@ class RecallConfig:
     methods: tuple[str, ...]
 
     def __post_init__(self):
-        for name in ("steps", "batch", "asked"):
+        for name in ("models", "steps", "batch", "asked"):
             if getattr(self, name) < 1:
                 raise InputError(f"recall.{name}={getattr(self, name)} must be at least 1.")
         for name in (*self.tasks, *self.relatives):
@@ -204,7 +211,7 @@ def asked(
 
 
 def measure(c: RecallConfig, task: RecallTask, seed: int) -> list[dict[str, Any]]:
-    """Train one model and ask it with every method, budget and protocol."""
+    """Train one model and ask it with every method, budget and protocol; one that has not learned, only once."""
     params, found = trained(c, task, seed), []
     methods = [(None, None), *((method, budget) for method in c.methods for budget in c.budgets(task))]
     for template, budget in methods:
@@ -220,4 +227,36 @@ def measure(c: RecallConfig, task: RecallTask, seed: int) -> list[dict[str, Any]
             line = found[-1]
             print(f"{task.name} seed {seed} {line['method']:28} {budget or '':>4} {protocol:7} first "
                   f"{line['first']['value']:.2f} exact {line['exact']['value']:.2f}", flush=True)  # fmt: skip
+        if not has_learned(found):
+            break
     return found
+
+
+def has_learned(lines: Sequence[dict[str, Any]]) -> bool:
+    """Whether a model answers with the full cache, so that there is something to lose."""
+    return all(line["exact"]["value"] >= LEARNED for line in lines if line["method"] == "full")
+
+
+def run_models(c: RecallConfig, path: Path | None) -> list[dict[str, Any]]:
+    """Of each task of the claim the first `models` seeds that learn it, of each relative one; and those that did not.
+
+    Lines are written to a file, model by model, and a run that was stopped goes on behind them.
+    """
+    done: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    if path is not None and path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            lines = json.loads(text)
+            done[lines[0]["task"], lines[0]["seed"]] = lines
+    out = []
+    for name, wanted in [*((name, c.models) for name in c.tasks), *((name, 1) for name in c.relatives)]:
+        learned = 0
+        for seed in c.seeds:
+            if learned == wanted:
+                break
+            lines = done.get((name, seed)) or measure(c, TASKS[name], seed)
+            if path is not None and (name, seed) not in done:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(lines) + "\n")
+            learned += has_learned(lines)
+            out += lines
+    return out
