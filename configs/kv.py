@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.study.keeps = (0.4, 0.2, 0.1)
     c.study.compared = 0.2  # where the other protocols are measured
     c.study.protocol = "refeed"
-    c.study.items = 64
+    c.study.asked = 64
     c.study.room = 384  # cache slots, the same for all abilities: one compiled program a method and budget
     c.study.seed = 0
 
@@ -72,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.study.methods = ("snapkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep},rd={keep}")
         c.study.few = ("snapkv(w=8)@keep={keep}",)
         c.study.keeps = (0.2,)
-        c.study.items = 4
+        c.study.asked = 4
         c.recall.tasks = ("rows",)
         c.recall.relatives = ()
         c.recall.seeds = (0,)

@@ -51,8 +51,8 @@ def main() -> int:
         init_std=1 / 16,
     )  # fmt: skip
     params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(0, config.vocab, (B, T), np.int32)
-    lengths, room = np.full(B, T, np.int32), T + new
+    tokens: Any = np.random.default_rng(0).integers(0, config.vocab, (B, T), np.int32)
+    lengths, room = jax.numpy.full(B, T, jax.numpy.int32), T + new
     snapkv = parse(f"snapkv(w={WINDOW})@keep={KEEP}", layers=layers)
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -35,7 +35,7 @@ def describe(config: Any) -> dict[str, Any]:
         models = len(c.recall.tasks) * c.recall.models + len(c.recall.relatives)
         return {"models to train, at least": models, "steps each": c.recall.steps}
     cells = len(list(c.study.cells()))
-    return {"cells": cells, "answers": cells * c.study.items}
+    return {"cells": cells, "answers": cells * c.study.asked}
 
 
 def run(config: Any, workdir: Path | None = None) -> dict[str, Any]:

@@ -111,12 +111,12 @@ def _judge(statement: Statement, lines: Sequence[dict[str, Any]], seed: int) -> 
                 "verdict": f"not testable here: {loss.task} is at {full['accuracy']['value']:.2f}, a trivial answer at "
                 f"{full['trivial']:.2f}"
             }
-    losses = [_lost(lines, loss) for loss in (more, less)]
-    if losses[0] is None or losses[1] is None:
+    first, second = _lost(lines, more), _lost(lines, less)
+    if first is None or second is None:
         return found | {"verdict": "not measured in this run"}
-    value, low, high = _difference(*losses, paired=more.task == less.task, seed=seed)
+    value, low, high = _difference(first, second, paired=more.task == less.task, seed=seed)
     verdict = "held" if low > 0 else "not held: the reverse" if high < 0 else "not held"
-    means = [float(full.mean() - kept.mean()) / float(full.mean()) for full, kept in losses]
+    means = [float(full.mean() - kept.mean()) / float(full.mean()) for full, kept in (first, second)]
     return found | {"more": means[0], "less": means[1], "value": value, "low": low, "high": high, "verdict": verdict}
 
 

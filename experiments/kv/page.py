@@ -39,7 +39,7 @@ def study_page(
     main = [line for line in lines if _is_main(c, line)]
     return {
         "title": f"KV-cache compression: what it does to {model}",
-        "summary": f"{len(lines)} cells of {c.items} items each. Accuracies have Wilson's 95 % intervals; changes to "
+        "summary": f"{len(lines)} cells of {c.asked} items each. Accuracies have Wilson's 95 % intervals; changes to "
         "the full cache are paired over the same items, with bootstrap intervals. What was kept is counted, not "
         "assumed: tokens of the prompt over layers and heads, and bytes with everything that describes them.\n\n"
         "Protocols: full draws the first new token before anything is forgotten; refeed reads the last token of the "
@@ -50,7 +50,7 @@ def study_page(
             *looks.sections(lm, c),
         ],
         "figures": [
-            ("cells", len(lines)), ("items a cell", c.items),
+            ("cells", len(lines)), ("items a cell", c.asked),
             ("statements that held", f"{sum(found['verdict'] == 'held' for found in judged)} of {len(judged)}"),
         ],
     }  # fmt: skip
@@ -120,7 +120,7 @@ def _abilities(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> list[Table]:
                     rows.append((method, keep, line["kept"], line["bytes"], Interval(**line["accuracy"]),
                                  Interval(**line["change"]), line["delta_p"]))  # fmt: skip
         tables.append(Table(
-            f"{task}, {full['shots']} shots, n = {c.items} ({c.protocol})",
+            f"{task}, {full['shots']} shots, n = {c.asked} ({c.protocol})",
             ("method", "keep", "tokens kept", "bytes", "accuracy", "change", "ΔP"), tuple(rows),
         ))  # fmt: skip
     return tables

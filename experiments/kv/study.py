@@ -71,13 +71,13 @@ class StudyConfig:
     keeps: tuple[float, ...]
     compared: float
     protocol: str
-    items: int
+    asked: int
     room: int
     seed: int
 
     def __post_init__(self):
-        if self.items < 1:
-            raise InputError(f"study.items={self.items} must be at least 1.")
+        if self.asked < 1:
+            raise InputError(f"study.asked={self.asked} must be at least 1.")
         if self.protocol not in PROTOCOLS:
             raise unknown("study.protocol", self.protocol, PROTOCOLS)
         for text in (*self.abilities, *self.more):
@@ -138,11 +138,11 @@ def measure(lm: LM, c: StudyConfig, cell: Cell) -> dict[str, Any]:
     options: dict[str, Any] = {"kv": cell.kv, "protocol": cell.protocol} if cell.kv else {}
     room = c.room if cell.asked in map(to_asked, c.abilities) else None
     found = evaluate(
-        lm, task, n=c.items, level=level, shots=cell.asked.shots, seed=c.seed, batch=c.items, room=room, **options
+        lm, task, n=c.asked, level=level, shots=cell.asked.shots, seed=c.seed, batch=c.asked, room=room, **options
     )
     line: dict[str, Any] = {
         "task": cell.asked.task, "shots": cell.asked.shots, "level": level, "method": cell.label, "kv": cell.kv,
-        "keep": cell.keep, "protocol": cell.protocol, "n": c.items,
+        "keep": cell.keep, "protocol": cell.protocol, "n": c.asked,
         "marks": [round(float(share), 6) for share in found.shares],
         "accuracy": dataclasses.asdict(found.accuracy),
     }  # fmt: skip
@@ -151,7 +151,7 @@ def measure(lm: LM, c: StudyConfig, cell: Cell) -> dict[str, Any]:
         kept = kept_share(lm.config, cache, lengths, room=c.room).tokens.mean(axis=1)
         line |= {"kept": float(np.mean(kept)), "kept_by_layer": kept.tolist(), "bytes": byte_share(lm, cell, c)}
     else:
-        trivial = baselines(task, n=c.items, level=level, seed=c.seed)
+        trivial = baselines(task, n=c.asked, level=level, seed=c.seed)
         best = max(trivial, key=lambda name: trivial[name].accuracy.value)
         line |= {"kept": 1.0, "bytes": 1.0, "trivial": trivial[best].accuracy.value, "trivial_is": best,
                  "tokens": int(max(len(ids) for ids in prompts(lm, c, cell)[0]))}  # fmt: skip
@@ -162,7 +162,7 @@ def prompts(lm: LM, c: StudyConfig, cell: Cell) -> tuple[list[list[int]], list[l
     """Token ids and units of the cell's prompts."""
     task = TASKS[cell.asked.task]
     level = cell.asked.level or task.standard
-    _, made = questions(task, n=c.items, level=level, shots=cell.asked.shots, seed=c.seed)
+    _, made = questions(task, n=c.asked, level=level, shots=cell.asked.shots, seed=c.seed)
     ids = [lm.tokenizer.encode(prompt.text) for prompt in made]
     return ids, [lm.tokenizer.unit_ids(prompt.text, prompt.units) for prompt in made]
 
@@ -211,7 +211,7 @@ def run_cells(lm: LM, c: StudyConfig, path: Path | None) -> list[dict[str, Any]]
     for number, cell in enumerate(cells, 1):
         key = (cell.asked.task, cell.asked.shots, cell.label, cell.keep, cell.protocol)
         line = done.get(key)
-        if line is None or line["n"] != c.items:
+        if line is None or line["n"] != c.asked:
             line = measure(lm, c, cell)
             if path is not None:
                 with path.open("a", encoding="utf-8") as file:
