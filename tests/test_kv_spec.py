@@ -68,7 +68,7 @@ def test_a_name_gives_the_parts_of_its_row(name):
         ("knorm(extra=3)@keep=0.5,by=units", KVCache(scorers.Knorm(), granularity.Units(extra=3), keep=0.5)),
         ("pyramidkv@keep=0.5,layers=uniform", KVCache(scorers.SnapKV(), layer_budget=Uniform(), keep=0.5)),
         ("h2o@keep=0.5,decode=grow,rd=0.3", KVCache(scorers.HeavyHitters(), decode=decoding.Shots(0.3), keep=0.5)),
-        ("knorm@keep=0.5,decode=shots(rd=0.3,recent=2)", KVCache(scorers.Knorm(), decode=decoding.Shots(0.3, 2), keep=0.5)),
+        ("knorm@keep=1,decode=shots(rd=0.3,recent=2)", KVCache(scorers.Knorm(), decode=decoding.Shots(0.3, 2), keep=1)),
         ("knorm@keep=0.5,decode=tova", KVCache(scorers.Knorm(), decode=decoding.Tova(), keep=0.5)),
         ("knorm@budget=8,decode=newest(sinks=2)", KVCache(scorers.Knorm(), decode=decoding.Newest(2), budget=8)),
         # The first tokens are moved only where the method still slides.
@@ -104,7 +104,7 @@ def test_decode_policies_go_by_their_names():
         ("snapkv@keep=0.3,budget=9", r"keep=0\.3 and budget=9: give one of them"),
         ("snapkv@budget=0", r"budget=0 must be at least 1 token"),
         ("snapkv@budget=1.5", r"budget=1\.5 must be a whole number"),
-        ("snapkv@keep=0.3,bu=chunks", r"option='bu' is unknown\. Known: keep, budget, rd, by, .*Did you mean 'by'\?"),
+        ("snapkv@keep=0.3,layer=uniform", r"option='layer' is unknown\. Known: keep, budget, .* mean 'layers'\?"),
         ("snapkv@keep=0.3,chunks", r"'chunks' must be name=value"),
         ("snapkv@keep=0.3,keep=0.4", r"keep is given twice: give it once"),
         ("snapkv(w=3,w=4)@keep=0.3", r"w is given twice"),

@@ -69,6 +69,12 @@ def reading(protocol: str, unit_ids: Sequence[Sequence[int]] | None) -> dict[str
         if unit_ids is None:
             raise InputError("protocol='ctx' needs units, behind the last of which the question begins: give units=.")
         found["contexts"] = [context_length(row) for row in unit_ids]
+        for i, (n, row) in enumerate(zip(found["contexts"], unit_ids, strict=True)):
+            if n == len(row) and n:
+                raise InputError(
+                    f"protocol='ctx' reads the question through the compressed context, and nothing of prompt {i} "
+                    "stands behind the last unit: end the prompt with a question, or take protocol='refeed'."
+                )
     return found
 
 

@@ -85,9 +85,8 @@ def attention_profile(
     last = np.maximum(lengths[:, None] + np.arange(-SPAN, 0, dtype=np.int32), -1)
     queries = last if queries is None else np.asarray(queries, np.int32)
     _check(lengths, queries, sinks, shares)
-    return _profile(
-        config, params, tokens, lengths, regions, queries, np.int32(sinks), np.float32(shares), n_regions=n_regions
-    )
+    at = np.asarray(shares, np.float32)
+    return _profile(config, params, tokens, lengths, regions, queries, np.int32(sinks), at, n_regions=n_regions)
 
 
 def _check(lengths: np.ndarray, queries: np.ndarray, sinks: int, shares: Sequence[float]) -> None:
