@@ -35,6 +35,7 @@ def positions(lm: LM, c: StudyConfig, asked: Asked) -> list[Any]:
         HeatMap(
             f"What stays of a prompt: {asked.name}, keep {c.compared}", tuple(name for name, _ in agreement), values,
             x_label="position in the prompt",
+            ends=("kept in 0 %", "100 % of layers and heads"),
             boundaries=tuple(i for i in range(1, len(ids[0])) if first[i] != first[i - 1]),
             note="The share of layers and heads that hold the token; rules stand where shots and the question begin.",
         ),
