@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.study.abilities = (
         "facts:12", "composition:6", "arithmetic:4", "code:2", "safety:8", "retrieval:0", "long_output:1",
     )  # fmt: skip
-    c.study.more = ("arithmetic:1", "arithmetic:16", "rule:4")  # for the observations, by `few` methods
+    c.study.more = ("arithmetic:1@0.2", "arithmetic:16@0.1", "rule:4@0.2")  # for the observations, by `few` methods
     c.study.methods = (
         "streaming@keep={keep}", "random@keep={keep}", "knorm@keep={keep}", "keydiff@keep={keep}",
         "snapkv(w=8)@keep={keep}", "h2o@keep={keep}", "tova@keep={keep}", "pyramidkv(w=8)@keep={keep}",

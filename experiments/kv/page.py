@@ -90,8 +90,8 @@ def _overview(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> Table:
         f"Accuracy at keep {c.compared} ({c.protocol})", ("method", "tokens kept", "bytes", "mean ΔP", *tasks),
         tuple(rows),
         note="ΔP is (P - P_full) / P_full. Methods that keep units keep protected tokens (the question, of long output "
-        "most of the prompt) whatever the budget. PyramidKV has equal layers where the last would keep less than w tokens, "
-        "as in kvpress: with w=8 and beta=20 below 160 tokens kept. Prompts of "
+        "most of the prompt) whatever the budget. PyramidKV has equal layers where the last would keep less than w "
+        "tokens, as in kvpress: with w=8 and beta=20 below 160 tokens kept. Prompts of "
         + ", ".join(f"{task} {full[task]['tokens']}" for task in tasks) + " tokens at most.",
     )  # fmt: skip
 

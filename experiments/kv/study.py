@@ -47,8 +47,8 @@ class Asked:
 
 
 def to_asked(text: str) -> Asked:
-    """`arithmetic:4` or `arithmetic:4:3`: task, shots, level."""
-    task, *numbers = text.split(":")
+    """`arithmetic:4` or `arithmetic:4:3`: task, shots, level; `@0.2` behind it is the only budget."""
+    task, *numbers = text.partition("@")[0].split(":")
     if not 1 <= len(numbers) <= 2 or not all(number.isdigit() for number in numbers):
         raise InputError(f"study.abilities has {text!r}: write task:shots or task:shots:level, as in arithmetic:4.")
     return Asked(task, *map(int, numbers))
@@ -60,8 +60,8 @@ class StudyConfig:
 
     The `few` are also those that are measured under the other protocols.
 
-    Abilities are written task:shots. `methods` are kv strings with {keep} in them. `keeps` are measured under
-    `protocol` (of `more` those up to `compared`), the other protocols at `compared`.
+    Abilities are written task:shots, those of `more` also task:shots@keep. `methods` are kv strings with {keep} in them. `keeps` are measured under
+    `protocol`, the other protocols at `compared`.
     """
 
     abilities: tuple[str, ...]
@@ -94,10 +94,11 @@ class StudyConfig:
         """All cells, the full caches first of each ability; protocols other than the first at one budget."""
         for text in (*self.abilities, *self.more):
             asked, is_main = to_asked(text), text in self.abilities
+            only = text.partition("@")[2]
             yield Cell(asked, None, 1.0, "full")
             for method in self.methods if is_main else self.few:
                 for keep in self.keeps:
-                    if is_main or keep <= self.compared:
+                    if is_main or not only or keep == float(only):
                         yield Cell(asked, method, keep, self.protocol)
                 for protocol in PROTOCOLS if is_main and method in self.few else ():
                     if protocol != self.protocol:
