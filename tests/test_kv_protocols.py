@@ -3,20 +3,16 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxfw
-from jaxfw.core.errors import InputError
 from jaxfw.evals import TASKS, items
-from jaxfw.generate import engine, programs
-from jaxfw.generate.__main__ import main
-from jaxfw.generate.compression import reading, with_policy
+from jaxfw.generate import engine
+from jaxfw.generate.compression import reading
 from jaxfw.generate.prompts import bucket, default_room, pack_units
 from jaxfw.kv import METHODS, parse
 from jaxfw.kv.units import lines
-from jaxfw.models import forward
 from jaxfw.models.cache import FullCache
 
 N, NEW = 8, 4

@@ -9,19 +9,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS, NAMES = Path(__file__).parents[1] / "results", ("results", "config", "env")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Copy both runs' results and pages; marks of single items are left out, they are in the run's cells.jsonl."""
-    for folder, name in zip(argv, ("kv", "kv_claim"), strict=True):
-        results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-        for line in results["metrics"]["cells"]:
+    """Copy each run's results and page; marks of single items are left out, they are in the run's cells.jsonl."""
+    for folder in map(Path, argv):
+        read = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+        for line in read["results"]["metrics"]["cells"]:
             line.pop("marks", None)
-        environment = json.loads((Path(folder) / "env.json").read_text(encoding="utf-8"))
-        out = results | {"environment": environment}
+        name = {"study": "kv", "claim": "kv_claim"}[read["config"]["part"]]
+        out = read["results"] | {"environment": read["env"]}
         (RESULTS / f"{name}.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
-        shutil.copy(Path(folder) / "report.html", RESULTS / f"{name}.html")
+        shutil.copy(folder / "report.html", RESULTS / f"{name}.html")
         print(f"wrote {name}.json and {name}.html")
     return 0
 

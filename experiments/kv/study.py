@@ -60,8 +60,8 @@ class StudyConfig:
 
     The `few` are also those that are measured under the other protocols.
 
-    Abilities are written task:shots, those of `more` also task:shots@keep. `methods` are kv strings with {keep} in them. `keeps` are measured under
-    `protocol`, the other protocols at `compared`.
+    Abilities are written task:shots, those of `more` also task:shots@keep. `methods` are kv strings with {keep} in
+    them. `keeps` are measured under `protocol`, the other protocols at `compared`.
     """
 
     abilities: tuple[str, ...]
