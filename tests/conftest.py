@@ -1,4 +1,6 @@
-"""Small model directories, for all tests of weights."""
+"""Small model directories, for all tests of weights; what keeps a worker alive through thousands of programs."""
+
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +13,16 @@ from tests.model_directories import CONFIG, TIED
 # How long an example takes says how busy the machine is.
 settings.register_profile("untimed", parent=settings(), deadline=None)
 settings.load_profile("untimed")
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def executables_are_few():
+    """A compiled program is several mappings of memory, and Linux ends a process's compiling at 65,530 of them."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from jaxfw.models import DecoderConfig, forward, init
 from jaxfw.models.sharding import batch_shardings, cache_shardings, decoder_rules
 
 CONFIG = DecoderConfig(
-    vocab=64, width=32, ffn=48, layers=2, heads=8, kv_heads=4, head_dim=8, positions=128, init_std=0.3
+    vocab=64, width=32, ffn=48, layers=2, heads=8, kv_heads=4, head_dim=8, positions=128, init_std=0.2
 )
 METHODS = (
     "streaming@keep=0.4", "random@keep=0.4", "knorm@keep=0.4", "keydiff@keep=0.4", "snapkv(w=3)@keep=0.4",
@@ -36,7 +36,8 @@ METHODS = (
 MESHES = {"tensor=4": dict(tensor=4), "data=2,tensor=2": dict(data=2, tensor=2)}
 B, T, NEW = 4, 32, 6
 LENGTHS = np.array([32, 17, 9, 25], np.int32)
-TEXT = np.random.default_rng(0).integers(0, CONFIG.vocab, (B, T + NEW), np.int32)
+# No token twice in a row: keys of one token have the same norm wherever they stand, and rounding would choose.
+TEXT = np.random.default_rng(0).permuted(np.tile(np.arange(CONFIG.vocab, dtype=np.int32), (B, 1)), axis=1)[:, : T + NEW]
 UNITS = np.where(np.arange(T) < LENGTHS[:, None] - 3, np.arange(T) // 4, -1).astype(np.int32)
 
 
@@ -73,11 +74,18 @@ def calls(policy, params, mesh=None):
     return found, [*caches, cache], texts
 
 
-def largest_moved(text):
+def largest_moved(text, names="all-gather|all-to-all|collective-permute|reduce-scatter"):
     """Elements of the largest array that a collective other than a sum moves."""
-    names = "all-gather|all-to-all|collective-permute|reduce-scatter"
     shapes = re.findall(rf"= \(?\w+\[([\d,]*)\][^=]*? (?:{names})(?:-start)?\(", text)
     return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes), default=0)
+
+
+def control(mesh):
+    """What is counted where keys of all heads are wanted on every device, and how many they are."""
+    keys = jax.ShapeDtypeStruct((B, CONFIG.kv_heads, T, CONFIG.head_dim), jnp.float32)
+    cut, whole = (jax.NamedSharding(mesh, jax.P(None, heads)) for heads in ("tensor", None))
+    moved = jax.jit(lambda x: x + 1, in_shardings=cut, out_shardings=whole).lower(keys).compile().as_text()
+    return largest_moved(moved), int(np.prod(keys.shape))
 
 
 def kept(caches):
@@ -107,6 +115,7 @@ def compare(kv, params, sizes):
         "share": held(caches[1]) / held(whole[1]),
         "laid out": all(jax.tree.leaves(laid_out)),
         "moved": [largest_moved(text) for text in texts],
+        "summed": largest_moved(texts[1], "all-reduce"),  # of a decode step; a prompt's are wider than its keys
         "keys": int(whole[1].layers[0].k.size),
     }
 
@@ -115,4 +124,6 @@ if __name__ == "__main__":
     weights = jax.jit(init, static_argnums=0)(CONFIG, jax.random.key(0))
     # On the second mesh, one of each kind: what differs there are the rows.
     chosen = METHODS if sys.argv[1] == "tensor=4" else METHODS[::5]
-    print(json.dumps({kv: compare(kv, weights, MESHES[sys.argv[1]]) for kv in chosen}))
+    cases = {kv: compare(kv, weights, MESHES[sys.argv[1]]) for kv in chosen}
+    moved = control(make_mesh(**MESHES[sys.argv[1]], devices=jax.devices()[:4]))
+    print(json.dumps({"control": moved, "cases": cases}))

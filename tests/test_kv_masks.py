@@ -20,7 +20,6 @@ from jaxfw.models import DecoderConfig, forward, init
 from jaxfw.models.cache import Cache, FullCache
 from tests.cache_contract import FAST_TO_COMPILE, fast_to_compile
 
-# A large deviation of the initial weights: attention is sharp, what is masked matters.
 CONFIG = DecoderConfig(
     vocab=61, width=32, ffn=40, layers=3, heads=4, kv_heads=2, head_dim=8, positions=128, init_std=0.15
 )
@@ -91,7 +90,13 @@ class Masked:
 
 @functools.cache
 def params():
-    return jax.jit(init, static_argnums=0)(CONFIG, jax.random.key(0))
+    """Queries are long, so that attention is sharp; logits are small, so that their rounding is."""
+    scales = {"q": 3.0, "lm_head": 0.7}
+
+    def scaled(path, x):
+        return x * scales.get(next((key.key for key in path if key.key in scales), ""), 1.0)
+
+    return jax.tree.map_with_path(scaled, jax.jit(init, static_argnums=0)(CONFIG, jax.random.key(0)))
 
 
 def policy(text):
@@ -157,9 +162,21 @@ def test_the_list_names_every_method_and_every_way_of_an_axis():
         assert {type(getattr(one, part)) for one in made} == set(AXES[axis].values())
 
 
+@pytest.mark.slow
 def test_the_model_has_something_to_say_and_looks_at_few_tokens():
     out = jax.jit(forward, static_argnums=0)(CONFIG, params(), TEXT)
     assert np.asarray(out.logits).std() >= 0.5
+    largest = []
+
+    class Watching(Masked):
+        def prefill(self, qkv, step, *, spec, **options):
+            q = qkv.q[:, -1].reshape(B, spec.kv_heads, -1, spec.head_dim)
+            weights = jax.nn.softmax(jnp.einsum("BKGd,BSKd->BKGS", q, qkv.k) * spec.scale, axis=-1)
+            largest.append(np.asarray(weights).max(axis=-1))
+            return super().prefill(qkv, step, spec=spec, **options)
+
+    forward(CONFIG, params(), jnp.asarray(TEXT[:, :T]), policy=Watching(), room=ROOM)
+    assert np.mean(largest) >= 0.25 > 10 / T, "a last query looks at one of 48 tokens most of all"
 
 
 @pytest.mark.slow

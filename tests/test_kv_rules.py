@@ -211,6 +211,16 @@ def test_a_row_is_chosen_by_its_own_length():
     assert rows_of(both) == [[*range(8, 20)], [0, 1, 2, 6]]
 
 
+def test_what_a_row_holds_beyond_its_budget_does_not_depend_on_its_neighbours():
+    """The long row has slots that the short ones, which have too few for a unit or for their question, do not."""
+    units = [[0] * 8 + [1] * 8 + [-1] * 4, [0] * 6 + [1] * 4 + [-1], [-1] * 8]
+    value, budgets = np.zeros((3, 1, 20), np.float32), np.asarray([12, 3, 3])
+    value[1, 0, :6] = 1
+    for extra, expected in ((0, [[10], [5, 6, 7]]), (2, [[*range(6, 11)], [3, 4, 5, 6, 7]])):
+        found = _choose(Units(extra=extra), Scores(value), step_of(units), budgets, 12 + extra)
+        assert rows_of(found)[1:] == expected
+
+
 # --- chunks
 
 
@@ -242,6 +252,18 @@ def test_chunks_of_highest_mean_stay(score, size, rule, window, share):
     found = _choose(made, Scores(value, mask), step_of([[-1] * T], [length]), table[[length]], T)
     assert rows_of(found) == [chunks_by_the_rule(size, rule, score, protected, table[length])]
     assert len(rows_of(found)[0]) <= made.slots(table)
+
+
+@pytest.mark.parametrize(("rule", "held"), [("count", 93), ("fill", 101)])
+def test_whole_chunks_may_be_fewer_than_the_budget(rule, held):
+    """Of 203 tokens in chunks of 10, the short last one among them, half removed, kvpress keeps 93."""
+    value = np.random.default_rng(0).normal(size=(1, 1, 203)).astype(np.float32)
+    window, step = np.arange(203)[None] >= 187, step_of([[-1] * 203])
+    table = np.maximum(Uniform().table(wanted(0.5, None, 203), layer=0, layers=1), 1)
+    made = Chunks(10, rule)
+    (found,) = rows_of(_choose(made, Scores(value, window), step, table[[203]], made.slots(table)))
+    assert len(found) == held
+    assert set(found) >= set(range(187, 203))
 
 
 @given(score=st.permutations(range(T)), chunks=st.integers(1, 6))

@@ -1,8 +1,10 @@
 """What a method's string means, and what is said where it, or what comes with it, cannot be used."""
 
+import dataclasses
 import functools
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -203,6 +205,20 @@ def test_what_a_forward_pass_lacks_is_said_in_one_line(text, given, message):
     with pytest.raises(InputError, match=message) as found:
         forward(lm().config, lm().params, jnp.ones((1, 4), jnp.int32), policy=parse(text), room=8, **given)
     assert_one_line(found.value)
+
+
+def test_positions_cannot_be_assigned_anew_without_a_rotation():
+    config, tokens = dataclasses.replace(lm().config, rope=None), jnp.ones((1, 4), jnp.int32)
+
+    def read(text):
+        policy = parse(text)
+        cache = forward(config, lm().params, tokens, policy=policy, room=8).cache
+        return forward(config, lm().params, tokens[:, :1], policy=policy, cache=cache).logits
+
+    with pytest.raises(InputError, match=r"no rotary embedding: take streaming\(reassign=false\)") as found:
+        jax.eval_shape(lambda: read("streaming@keep=0.5"))
+    assert_one_line(found.value)
+    jax.eval_shape(lambda: read("streaming(reassign=false)@keep=0.5"))
 
 
 def assert_one_line(error):
