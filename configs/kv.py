@@ -30,14 +30,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.study.more = ("arithmetic:1@0.2", "arithmetic:16@0.1", "rule:4@0.2")  # for the observations, by `few` methods
     c.study.methods = (
         "streaming@keep={keep}", "random@keep={keep}", "knorm@keep={keep}", "keydiff@keep={keep}",
-        "snapkv(w=8)@keep={keep}", "h2o@keep={keep}", "tova@keep={keep}", "pyramidkv(w=8)@keep={keep}",
+        "snapkv(w=8)@keep={keep}", "h2o@keep={keep}", "tova@keep={keep}", "pyramidkv(w=8,beta=2)@keep={keep}",
         "expected@keep={keep}", "chunkkv(w=8)@keep={keep}", "chunkkv(w=8,reuse=2)@keep={keep}",
         "lagkv(lag=16)@keep={keep}", "snapkv(w=8)@keep={keep},decode=slide(window=24,recent=8)",
-        "shotkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep},rd={keep}", "shotkv(w=8,scope=global)@keep={keep}",
-        "randomshot@keep={keep}",
+        "shotkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep},rd={keep}", "shotkv(w=8,extra=0)@keep={keep}",
+        "shotkv(w=8,scope=global)@keep={keep}", "randomshot@keep={keep}",
     )  # fmt: skip
     c.study.few = (
-        "streaming@keep={keep}", "h2o@keep={keep}", "snapkv(w=8)@keep={keep}", "pyramidkv(w=8)@keep={keep}",
+        "streaming@keep={keep}", "h2o@keep={keep}", "snapkv(w=8)@keep={keep}", "pyramidkv(w=8,beta=2)@keep={keep}",
         "chunkkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep}",
     )  # fmt: skip
     c.study.keeps = (0.4, 0.2, 0.1)

@@ -14,8 +14,8 @@ import numpy as np
 from jaxfw.core.shapes import Float
 
 LEAST_ABOVE = 0.2
-PAPER = ("streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8)", "chunkkv(w=8)")  # the paper's five methods
-TOKEN_LEVEL = ("streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8)")
+PAPER = ("streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8,beta=2)", "chunkkv(w=8)")  # the paper's five methods
+TOKEN_LEVEL = ("streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8,beta=2)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,11 @@ STATEMENTS = (
         "ShotKV: units", "Whole units are worth more than as many tokens.",
         "At keep .4, retrieval: the mean of SnapKV, H2O and TOVA loses more than ShotKV.",
         Loss("retrieval", 0, ("snapkv(w=8)", "h2o", "tova"), 0.4), Loss("retrieval", 0, ("shotkv(w=8)",), 0.4),
+    ),
+    Statement(
+        "ShotKV: bytes", "Whole units are worth more than as many tokens.",
+        "The same of ShotKV with extra=0, whose state has no more slots than those of the token-level methods.",
+        Loss("retrieval", 0, ("snapkv(w=8)", "h2o", "tova"), 0.4), Loss("retrieval", 0, ("shotkv(w=8,extra=0)",), 0.4),
     ),
     Statement(
         "ShotKV: two phases", "In long outputs, separate budgets beat one for both phases.",
