@@ -146,6 +146,7 @@ def test_decode_policies_go_by_their_names():
         ("snapkv@keep=0.3,by=words", r"by='words' is unknown\. Known: tokens, chunks, units"),
         ("snapkv@keep=0.3,by=chunks(w=3)", r"field of chunks='w' is unknown\. Known: reuse, rule, size"),
         ("knorm(reassign=true)@keep=0.3,decode=newest", r"reassign=True moves the first tokens .*reassign=false"),
+        ("streaming@keep=0.3,by=chunks(size=3)", r"token by token, .*Chunks\(size=3.*reassign=false"),
         ("streaming(reassign=true)@keep=0.3,decode=grow", r"field of streaming='reassign' is unknown"),
         ("shotkv(scope=global)@keep=0.3,decode=heavy", r"scope=global does not go with Heavy.*: take scope=layer"),
         ("shotkv(scope=global)@keep=0.3,layers=pyramid", r"scope=global is one choice for all layers"),
@@ -160,7 +161,7 @@ def test_what_cannot_be_used_is_said_in_one_line(text, message):
 def test_parts_that_do_not_fit_are_refused_without_a_string_too():
     with pytest.raises(InputError, match=r"keep=None and budget=None: give one of them"):
         KVCache(scorers.Knorm())
-    with pytest.raises(InputError, match=r"reassign=True .* not Sinks\(sinks=4\) and Newest\(sinks=2\)"):
+    with pytest.raises(InputError, match=r"reassign=True .* this is Sinks\(sinks=4\), Tokens\(\), Newest\(sinks=2\)"):
         KVCache(scorers.Sinks(4), decode=decoding.Newest(2), keep=0.5, reassign=True)
 
 

@@ -6,6 +6,7 @@ logits are finite) is laid out whole on every device of a mesh: each process of 
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -69,6 +70,13 @@ _extend_layer = jax.jit(layer, static_argnames=_STATIC, donate_argnames=("x", "s
 _finish = jax.jit(finish, static_argnums=0, donate_argnums=1)
 
 
+def _finish_quietly(policy: CachePolicy, states: tuple[Any, ...], step: Step) -> Cache:
+    """Donated states that a policy makes smaller are freed all the same, and jax warns that they were not reused."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return _finish(policy, states, step)
+
+
 @partial(jax.jit, static_argnames="T")
 def _step(lengths, seen, *, T: int) -> Step:
     step = first_step(lengths, T)
@@ -107,7 +115,7 @@ def prefill(
     """
     step = dataclasses.replace(_step(lengths, None, T=tokens.shape[1]), tokens=tokens, unit_id=unit_id, key=key)
     options = {"policy": policy, "room": room, "router": router, "experts": experts, "state": router_states}
-    return _by_parts(config, params, step, taps, run_layer=_layer, run_finish=_finish, **options)
+    return _by_parts(config, params, step, taps, run_layer=_layer, run_finish=_finish_quietly, **options)
 
 
 def extend(

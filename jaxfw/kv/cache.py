@@ -75,10 +75,12 @@ class KVCache:
             raise InputError(f"budget={self.budget} must be at least 1 token.")
         if self.units not in SEGMENTERS:
             raise unknown("units", self.units, SEGMENTERS)
-        if self.reassign and not (isinstance(self.decode, Newest) and self.scorer == Sinks(self.decode.sinks)):
+        slides = isinstance(self.decode, Newest) and self.scorer == Sinks(self.decode.sinks)
+        if self.reassign and not (slides and isinstance(self.granularity, Tokens)):
             raise InputError(
-                f"reassign=True moves the first tokens along with a sliding window: it needs the method streaming and "
-                f"decode=newest with as many sinks, not {self.scorer} and {self.decode}; or take reassign=false."
+                "reassign=True moves the first tokens along with a sliding window: it needs the method streaming, "
+                f"token by token, and decode=newest with as many sinks; this is {self.scorer}, {self.granularity}, "
+                f"{self.decode}: or take reassign=false."
             )
         if self._is_global and self.decode.score == "sum":
             raise InputError(
