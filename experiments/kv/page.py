@@ -11,7 +11,9 @@ from experiments.kv.study import FULL, StudyConfig
 from jaxfw.generate import LM
 from jaxfw.report import Curve, Interval, Plot, Table, Text
 
-DRAWN = ("streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8,beta=2)", "chunkkv(w=8)", "shotkv(w=8)", "shotkv(w=8,extra=0)")
+DRAWN = (
+    "streaming", "h2o", "snapkv(w=8)", "pyramidkv(w=8,beta=2)", "chunkkv(w=8)", "shotkv(w=8)", "shotkv(w=8,extra=0)",
+)  # fmt: skip
 # Protected tokens and the best unit stay in any case; a pyramid rounds in each layer.
 MAY_EXCEED = ("shotkv", "randomshot", "oracleshot", "pyramidkv")
 READING = """Under the protocol full every method has the full cache's first token: it is drawn before anything is
