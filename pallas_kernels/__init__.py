@@ -3,6 +3,9 @@
 | operation | what it is for |
 |---|---|
 | `decode_attention` | attention of one new token a row to a cache: split over keys, any lengths, optional mass |
+| `ragged_decode` | the same to pools in which each key head has its own number of slots, in full width or few bits |
+
+`packing` has the formats of keys and values in few bits.
 
 Attention over a prompt is left to cuDNN, norms and gated units to XLA, which are at the hardware's limit there.
 `docs/kernels.md` says how to add a kernel.
@@ -10,5 +13,6 @@ Attention over a prompt is left to cuDNN, norms and gated units to XLA, which ar
 
 from pallas_kernels._dispatch import IMPLS
 from pallas_kernels.decode_attention import Decoded, decode_attention, decode_attention_plan
+from pallas_kernels.ragged_decode import ragged_decode
 
-__all__ = ["IMPLS", "Decoded", "decode_attention", "decode_attention_plan"]
+__all__ = ["IMPLS", "Decoded", "decode_attention", "decode_attention_plan", "ragged_decode"]

@@ -86,11 +86,11 @@ def divisors(size: int, axes: Sequence[str]) -> tuple[str, ...]:
 
 
 def on_each_device(
-    body: Callable[..., Any], shards: Mapping[str, tuple[str, ...]], inputs: Sequence[str], outputs: Any
+    body: Callable[..., Any], shards: Mapping[str, tuple[str, ...]], inputs: tuple[Any, ...], outputs: Any
 ) -> Callable[..., Any]:
     """`body` on the shards that each device holds: XLA cannot partition a kernel, it would gather all arguments.
 
-    `inputs` and the tree `outputs` name array axes by letters, as in "B K S d"; `shards` says over which mesh axes a
+    The trees `inputs` and `outputs` name array axes by letters, as in "B K S d"; `shards` says over which mesh axes a
     letter is cut. What cuts nothing is replicated. Without a mesh it is `body` itself.
     """
     names = set(_free_axes())
@@ -100,7 +100,7 @@ def on_each_device(
     def spec(letters: str) -> PartitionSpec:
         return PartitionSpec(*(shards.get(letter) or None for letter in letters.split()))
 
-    in_specs, out_specs = tuple(map(spec, inputs)), jax.tree.map(spec, outputs)
+    in_specs, out_specs = jax.tree.map(spec, inputs), jax.tree.map(spec, outputs)
     return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
 
 

@@ -36,3 +36,25 @@ class DecodeShape:
 
 
 DECODE_SHAPES = {f"{name}/{B}x{S}": DecodeShape(B, H, K, S, d) for name, (H, K, d) in HEADS.items() for B, S in BATCHES}
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedShape:
+    """One new token for each of B rows, against a pool of P slots that K heads share."""
+
+    B: int
+    H: int
+    K: int
+    P: int
+    d: int
+
+
+def _ragged(name: str, B: int, T: int, keep: float) -> RaggedShape:
+    H, K, d = HEADS[name]
+    return RaggedShape(B, H, K, (K * int(keep * T) + 31 * K) // 32 * 32, d)
+
+
+RAGGED_SHAPES = {
+    f"{name}/{B}x{T} at .2": _ragged(name, B, T, 0.2)
+    for name, B, T in (("llama-3.1-8b", 8, 32768), ("llama-3.1-8b", 64, 131072), ("qwen2.5-7b", 8, 32768))
+}

@@ -67,7 +67,7 @@ class Config:
         >>> Config.for_shape(B=8, K=8, S=32768, d=128, itemsize=2)
         Config(block=64, splits=5, warps=4, stages=3)
         """
-        block = max(SMALLEST_DOT, min(128, 16384 // (_padded(d) * itemsize)))
+        block = max(SMALLEST_DOT, min(128, 16384 // (padded(d) * itemsize)))
         splits = min(math.ceil(PROGRAMS / (B * K)), math.ceil(S / block))
         return cls(block, max(1, splits))
 
@@ -97,11 +97,8 @@ def decode_attention(
     v: Float[Array, "B K S d"],
     *,
     lengths: Int[Array, "B"] | Int[Array, "B K"],
-    start: Int[Array, "B K"] | None = None,
     scale: float,
     window: int | None = None,
-    k_scale: Array | None = None,
-    v_scale: Array | None = None,
     return_mass: bool = False,
     impl: str | None = None,
     config: Config | None = None,
@@ -113,8 +110,8 @@ def decode_attention(
     not matter as long as they are finite. `out` has q's dtype, the rest is float32, and so is the arithmetic of the
     softmax. `mass` is the attention probability that a slot receives, summed over the query heads of its key head.
 
-    `impl` is one of `pallas_kernels.IMPLS`, None chooses by the platform lowered for. `start` (k and v are a ragged
-    pool [B R P d]), `k_scale` and `v_scale` (quantised k and v) are not built yet.
+    `impl` is one of `pallas_kernels.IMPLS`, None chooses by the platform lowered for. For pools of slots, and keys and
+    values in few bits, see `ragged_decode`.
 
     On a mesh (`jax.set_mesh`) a kernel takes each device's own rows and key heads, as far as the mesh divides them.
     It can be mapped by `jax.vmap`, and differentiated in reverse by q, k and v: the gradient recomputes by XLA, so that
@@ -124,9 +121,7 @@ def decode_attention(
         ValueError: shapes that do not fit, an impl that is unknown or cannot run, with the reason.
     """
     lengths = _checked_lengths(q, k, v, lengths, window)
-    supports = functools.partial(
-        supports_decode_attention, q=q, k=k, v=v, start=start, k_scale=k_scale, v_scale=v_scale
-    )
+    supports = functools.partial(supports_decode_attention, q=q, k=k, v=v)
     choice = choose("decode_attention", supports, impl)
     options = _Options(float(scale), window, return_mass, choice, config)
     if choice == (("default", "xla"),):
@@ -134,12 +129,8 @@ def decode_attention(
     return _decode(q, k, v, lengths, options)
 
 
-def supports_decode_attention(impl: str, *, q, k, v, start=None, k_scale=None, v_scale=None) -> str | None:
+def supports_decode_attention(impl: str, *, q, k, v) -> str | None:
     """Why `impl` cannot do this, or None; asks for shapes and dtypes only."""
-    if start is not None:
-        return "ragged pools (start=...) are not built yet, pass k and v as [B K S d]"
-    if k_scale is not None or v_scale is not None:
-        return "quantised keys and values (k_scale, v_scale) are not built yet, pass them as floats"
     if impl == "xla":
         return None
     if impl == "mosaic":
@@ -152,9 +143,9 @@ def supports_decode_attention(impl: str, *, q, k, v, start=None, k_scale=None, v
     return None
 
 
-def decode_attention_plan(q, k, v, *, impl: str | None = None, **unbuilt: Any) -> dict[str, str]:
+def decode_attention_plan(q, k, v, *, impl: str | None = None) -> dict[str, str]:
     """{platform: the impl that `decode_attention` takes there, or why it takes no kernel}, from shapes and dtypes."""
-    supports = functools.partial(supports_decode_attention, q=q, k=k, v=v, **unbuilt)
+    supports = functools.partial(supports_decode_attention, q=q, k=k, v=v)
     return dispatch_plan("decode_attention", supports, impl)
 
 
@@ -192,7 +183,7 @@ def reference(q, k, v, *, lengths, scale, window=None) -> Decoded:
 # --- the algorithm, whatever carries it out
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """The power of two that a block's axis of `size` takes."""
     return max(SMALLEST_DOT, pl.next_power_of_2(size))
 
@@ -202,7 +193,7 @@ def _visible(slots, length, window):
     return slots < length if window is None else (slots < length) & (slots >= length - window)
 
 
-def _own_blocks(length, part, config: Config, window):
+def own_blocks(length, part, config: Config, window):
     """The blocks [first, end) of one part of a row: its visible blocks shared out evenly, the last parts get fewer."""
     first = 0 if window is None else jnp.maximum(length - window, 0) // config.block
     end = pl.cdiv(length, config.block)
@@ -210,7 +201,7 @@ def _own_blocks(length, part, config: Config, window):
     return first + part * share, jnp.minimum(first + (part + 1) * share, end)
 
 
-def _online_softmax(logits, largest, total):
+def online_softmax(logits, largest, total):
     """One block of the running softmax: (weights, new largest, new total, what the sums so far are scaled by).
 
     A block has at least one visible slot, so that `largest` is finite after the first.
@@ -220,7 +211,7 @@ def _online_softmax(logits, largest, total):
     return weights, new, total * rescale + jnp.sum(weights, axis=1), rescale
 
 
-def _merge(outs: Float[Array, "N P G d"], lses: Float[Array, "N P G"]):
+def merge(outs: Float[Array, "N P G d"], lses: Float[Array, "N P G"]):
     """Outputs of the parts, each normalised over its own slots, into one; a part that saw nothing has lse -inf."""
     lse = jax.nn.logsumexp(lses, axis=1)
     share = jnp.where(lses == -jnp.inf, 0.0, jnp.exp(lses - lse[:, None]))
@@ -280,7 +271,7 @@ def _decode_parts(q, k, v, lengths, *, options: _Options, interpret: bool) -> De
         in_specs=in_specs, out_specs=out_specs, out_shape=out_shape,
         warps=config.warps, stages=config.stages, interpret=interpret, name="decode_attention",
     )(lengths, q.reshape(N, G, d), k.reshape(N, S, d), v.reshape(N, S, d))  # fmt: skip
-    out, lse = _merge(parts["out"], parts["lse"])
+    out, lse = merge(parts["out"], parts["lse"])
     mass = _mass(parts["logits"], lse, lengths, options.window).reshape(B, K, S) if options.return_mass else None
     return Decoded(out.astype(q.dtype).reshape(B, H, d), lse.reshape(B, H), mass)
 
@@ -301,10 +292,10 @@ def _blocks(N: int, P: int, G: int, d: int, S: int, return_mass: bool) -> tuple[
 
 def _triton_body(length_ref, q_ref, k_ref, v_ref, refs, *, config: Config, scale: float, window: int | None):
     G, d = q_ref.shape
-    rows, width = _padded(G), _padded(d)
+    rows, width = padded(G), padded(d)
     # float32 by float32: tensor cores would round it to 10 bits.
     precision = jax.lax.Precision.HIGHEST if k_ref.dtype == jnp.float32 else None
-    heads, columns = _indices(rows, width)
+    heads, columns = indices(rows, width)
     inside = (heads < G) & (columns < d)
     length = length_ref[()]
     q = plt.load(q_ref.at[heads, columns], mask=inside, other=0.0)
@@ -312,27 +303,27 @@ def _triton_body(length_ref, q_ref, k_ref, v_ref, refs, *, config: Config, scale
     def step(block, carry):
         out, largest, total = carry
         start = block * config.block
-        slots, channels = _indices(config.block, width)
+        slots, channels = indices(config.block, width)
         seen = _visible(start + slots, length, window) & (channels < d)
         k = plt.load(k_ref.at[start + slots, channels], mask=seen, other=0.0)
         v = plt.load(v_ref.at[start + slots, channels], mask=seen, other=0.0)
         logits = plt.dot(q, k, trans_b=True, precision=precision) * scale
-        queries, slots = _indices(rows, config.block)
+        queries, slots = indices(rows, config.block)
         seen = _visible(start + slots, length, window)
         if "logits" in refs:
             plt.store(refs["logits"].at[queries, start + slots], logits, mask=seen & (queries < G))
-        weights, largest, total, rescale = _online_softmax(jnp.where(seen, logits, -jnp.inf), largest, total)
+        weights, largest, total, rescale = online_softmax(jnp.where(seen, logits, -jnp.inf), largest, total)
         return out * rescale[:, None] + plt.dot(weights.astype(v.dtype), v, precision=precision), largest, total
 
     nothing = jnp.zeros((rows, width), jnp.float32), jnp.full((rows,), -jnp.inf), jnp.zeros((rows,), jnp.float32)
-    first, end = _own_blocks(length, pl.program_id(0) % config.splits, config, window)
+    first, end = own_blocks(length, pl.program_id(0) % config.splits, config, window)
     out, largest, total = jax.lax.fori_loop(first, end, step, nothing)
     plt.store(refs["out"].at[heads, columns], out / jnp.where(total == 0, 1.0, total)[:, None], mask=inside)
     heads = jnp.arange(rows)
     plt.store(refs["lse"].at[heads], largest + jnp.log(total), mask=heads < G)
 
 
-def _indices(rows: int, columns: int):
+def indices(rows: int, columns: int):
     """Row and column of each element of a block. Blocks have powers of two, arrays need not: hence no slices."""
     return tuple(jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
 

@@ -69,7 +69,8 @@ def fast_jit(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def poisoned_bounds() -> Iterator[None]:
-    """While a Triton body is traced: what it loads beyond an array is NaN, and storing there leaves NaN in the array.
+    """While a Triton body is traced: what it loads beyond an array is NaN (of whole numbers the largest), and storing
+    there leaves NaN in the array.
 
     Interpreted, such accesses are moved inside or dropped; on a GPU they read and overwrite other arrays.
     """
@@ -83,13 +84,15 @@ def poisoned_bounds() -> Iterator[None]:
 
     def checked_load(ref, *, mask=None, **options):
         loaded = load(ref, mask=mask, **options)
-        return jnp.where(outside(ref, mask), jnp.array(jnp.nan, loaded.dtype), loaded)
+        wrong = jnp.nan if jnp.issubdtype(loaded.dtype, jnp.floating) else jnp.iinfo(loaded.dtype).max
+        return jnp.where(outside(ref, mask), jnp.array(wrong, loaded.dtype), loaded)
 
     def checked_store(ref, value, *, mask=None, **options):
         # Writes go in order, so that NaN stays in the first element, whose own value comes before.
         beyond = outside(ref, mask)
         inside = ref.ref.at[tuple(jnp.where(beyond, 0, i) for i in ref.transforms[-1].indices)]
-        store(inside, jnp.where(beyond, jnp.nan, value), mask=mask, **options)
+        wrong = jnp.nan if jnp.issubdtype(value.dtype, jnp.floating) else jnp.iinfo(value.dtype).max
+        store(inside, jnp.where(beyond, jnp.array(wrong, value.dtype), value), mask=mask, **options)
 
     with mock.patch.multiple(plt, load=checked_load, store=checked_store):
         yield

@@ -205,8 +205,6 @@ def test_the_plan_says_what_runs_where():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"start": jnp.zeros((3, 2), jnp.int32)}, r"cannot run: ragged pools \(start=\.\.\.\) are not built yet"),
-        ({"k_scale": jnp.ones(3)}, "quantised keys and values"),
         ({"k": jnp.ones((3, 3, 70, 32)), "v": jnp.ones((3, 3, 70, 32))}, "H a multiple of K: got H=8, K=3"),
         ({"v": jnp.ones((3, 2, 71, 32))}, r"expected q\[B,H,d\], k and v\[B,K,S,d\]"),
         ({"lengths": jnp.ones((2, 3), jnp.int32)}, r"lengths\[B\] or \[B,K\] of B=3, K=2: got \(2, 3\) int32"),
