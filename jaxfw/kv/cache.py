@@ -20,6 +20,7 @@ from jaxfw.kv.forgetting import attend_step, forget
 from jaxfw.kv.granularity import Chunks, Granularity, Tokens, Units
 from jaxfw.kv.scorers import Context, Scorer, Scores, Sinks
 from jaxfw.kv.scorers.mass import column_mass
+from jaxfw.kv.selection import ascending
 from jaxfw.kv.state import KVState, padded, taken, written
 from jaxfw.kv.units import SEGMENTERS, Spans
 from jaxfw.models.cache import QKV, AttentionSpec, Cache, Step
@@ -130,7 +131,7 @@ class KVCache:
         sinks = jnp.zeros((B, K, self.decode.sinks, d), dtype) if self.reassign else None
         return self._with_extras(state, jnp.zeros((B, K, S), jnp.float32), sinks)
 
-    def prefill(self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous: KVState | None = None):
+    def prefill(self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous: Any = None):
         """Causal attention over the prompt; then only what is chosen of it stays, with slots for what may follow."""
         T = qkv.k.shape[1]
         k, v = (jnp.swapaxes(x, 1, 2) for x in (qkv.k, qkv.v))
@@ -138,20 +139,7 @@ class KVCache:
         c = Context(qkv, step, spec, jnp.asarray(self.kept(T))[step.lengths])
         if self._is_global:
             return out, PendingState(k, v, self.scorer(c).value, step.lengths, room - T)
-        C = self._slots(T)
-        if self.layer and not self.layer_budget.by_layer:
-            assert previous is not None
-            positions = previous.kept_positions[:, :1, :C]
-        else:
-            positions = self.granularity.choose(self.scorer(c), step, c.budget, C)
-        if self.decode.is_shared and self.decode.region == "all" and positions.shape[1] > 1:
-            raise InputError(
-                f"{self.decode} makes one choice for all heads, and {self.scorer} keeps other tokens of the prompt in "
-                "each: take the method tova, another decode=, or by=chunks."
-            )
-        group = qkv.q.shape[2] // spec.kv_heads  # a step's attention is summed over a group, not averaged
-        sums = column_mass(c) * group if self.decode.score == "sum" else None
-        return out, self._compacted(k, v, positions, step, room - T, qkv.k_pre, sums)
+        return out, self._held(c, k, v, room - T, previous)
 
     def extend(
         self, state: KVState, qkv: QKV, step: Step, *, spec: AttentionSpec, previous=None, shared=None, write=True
@@ -187,6 +175,28 @@ class KVCache:
         value = functools.reduce(jnp.add, (state.value for state in states))
         positions = self.granularity.choose(Scores(value), step, budget, self._slots(T))
         return Cache(tuple(self._compacted(one.k, one.v, positions, step, one.new, None) for one in states))
+
+    def _held(self, c: Context, k: Array, v: Array, new: int, previous: Any) -> Any:
+        """The state of a layer whose prompt has been read."""
+        positions = self._chosen(c, previous)
+        if self.decode.is_shared and self.decode.region == "all" and positions.shape[1] > 1:
+            raise InputError(
+                f"{self.decode} makes one choice for all heads, and {self.scorer} keeps other tokens of the prompt in "
+                "each: take the method tova, another decode=, or by=chunks."
+            )
+        return self._compacted(k, v, positions, c.step, new, c.qkv.k_pre, self._sums(c))
+
+    def _chosen(self, c: Context, previous: Any) -> Int[Array, "B #K C"]:
+        """The positions that stay, or those of the layer below."""
+        C = self._slots(c.qkv.k.shape[1])
+        if self.layer and not self.layer_budget.by_layer:
+            assert previous is not None
+            return ascending(previous.kept_positions[:, :1], C)
+        return self.granularity.choose(self.scorer(c), c.step, c.budget, C)
+
+    def _sums(self, c: Context) -> Float[Array, "B K T"] | None:
+        """Attention that each token received, if decoding goes on from there: summed over a group, as a step's is."""
+        return column_mass(c) * (c.qkv.q.shape[2] // c.spec.kv_heads) if self.decode.score == "sum" else None
 
     def _slots(self, T: int) -> int:
         return self.granularity.slots(self.kept(T))

@@ -49,3 +49,12 @@ def ascending(positions: Int[Array, "B K n"], C: int) -> Int[Array, "B K C"]:
     found = jnp.sort(jnp.where(positions < 0, last, positions), axis=-1)[..., :C]
     found = jnp.pad(found, ((0, 0), (0, 0), (0, C - found.shape[-1])), constant_values=last)
     return jnp.where(found == last, -1, found)
+
+
+def marked(positions: Int[Array, "B K C"], T: int) -> Bool[Array, "B K T"]:
+    """Which of T places are among the positions; -1 is none."""
+
+    def mark(row: Int[Array, "C"]) -> Bool[Array, "T"]:
+        return jnp.zeros(T, bool).at[jnp.where(row < 0, T, row)].set(True, mode="drop")
+
+    return jax.vmap(jax.vmap(mark))(positions)

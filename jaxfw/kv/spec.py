@@ -5,6 +5,8 @@ the prompt that stays, or `budget`, tokens) and other values for an axis:
 
     by=tokens | chunks(size=10) | units(scope=global)
     layers=uniform | pyramid(beta=20)
+    heads=even | ada(floor=0.2)
+    kv=full | int2 | int4 | kivi(bits=4,group=32,residual=128) | int8 | fp8
     decode=grow | shots(rd=0.4) | heavy | newest | tova | slide(window=512,recent=256) | adaptive | discontinuous
     rd=0.4, short for decode=shots(rd=0.4)
 
@@ -16,14 +18,17 @@ that keeps its size keeps everything.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from jaxfw.core.errors import InputError, unknown
-from jaxfw.kv import decoding, granularity, scorers
+from jaxfw.kv import decoding, granularity, scorers, stores
 from jaxfw.kv.budgets import LayerBudget, Pyramid, Uniform
 from jaxfw.kv.cache import GROW, TOKENS, UNIFORM, KVCache
+from jaxfw.kv.heads import Ada, Even, HeadBudget
+from jaxfw.kv.pooled import EVEN, FULL, PooledCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Method:
     scorer: scorers.Scorer
     by: granularity.Granularity = TOKENS
     layers: LayerBudget = UNIFORM
+    heads: HeadBudget = EVEN
     decode: decoding.Decode = GROW
     reassign: bool = False
 
@@ -46,6 +52,8 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "h2o": Method(scorers.HeavyHitters(), decode=decoding.Heavy()),
     "tova": Method(scorers.LastQuery(), decode=decoding.Tova()),
     "pyramidkv": Method(scorers.SnapKV(), layers=Pyramid()),
+    "adakv": Method(scorers.SnapKV(), heads=Ada()),
+    "critical": Method(scorers.Critical()),
     "expected": Method(scorers.ExpectedAttention()),
     "chunkkv": Method(scorers.SnapKV(kernel=1), by=granularity.Chunks()),
     "lagkv": Method(scorers.LagKV()),
@@ -57,6 +65,12 @@ METHODS: Mapping[str, Method] = MappingProxyType({
 AXES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "by": {"tokens": granularity.Tokens, "chunks": granularity.Chunks, "units": granularity.Units},
     "layers": {"uniform": Uniform, "pyramid": Pyramid},
+    "heads": {"even": Even, "ada": Ada},
+    "kv": {
+        "full": stores.Full, "kivi": stores.Kivi, "int2": functools.partial(stores.Kivi, 2),
+        "int4": functools.partial(stores.Kivi, 4), "int8": functools.partial(stores.PerToken, "int8"),
+        "fp8": functools.partial(stores.PerToken, "fp8"),
+    },
     "decode": {
         "grow": decoding.Grow, "shots": decoding.Shots, "heavy": decoding.Heavy, "newest": decoding.Newest,
         "tova": decoding.Tova, "slide": decoding.Slide, "adaptive": decoding.Adaptive,
@@ -86,7 +100,10 @@ def parse(text: str, *, layers: int = 1) -> KVCache:
     if not at or not {"keep", "budget"} & set(options):
         raise InputError(f"kv={text!r} does not say how much stays: add @keep=0.3 (a share) or @budget=256 (tokens).")
     method = METHODS[name]
-    parts: dict[str, Any] = {"scorer": method.scorer, "by": method.by, "layers": method.layers, "decode": method.decode}
+    parts: dict[str, Any] = {
+        "scorer": method.scorer, "by": method.by, "layers": method.layers, "heads": method.heads, "kv": FULL,
+        "decode": method.decode,
+    }  # fmt: skip
     parts |= {axis: _axis(axis, options.pop(axis), text) for axis in AXES if axis in options}
     if "rd" in options:
         parts["decode"] = _decode_share(options.pop("rd"), parts["decode"], text)
@@ -101,7 +118,11 @@ def parse(text: str, *, layers: int = 1) -> KVCache:
         raise unknown(f"kv={text!r}: option", next(iter(options)), ("keep", "budget", "rd", *AXES))
     if more.get("keep") == 1 and parts["decode"].region == "all":
         parts["decode"], more["reassign"] = decoding.Grow(), False
-    return KVCache(parts["scorer"], parts["by"], parts["layers"], parts["decode"], layers=layers, **more)
+    more |= {"scorer": parts["scorer"], "granularity": parts["by"], "layer_budget": parts["layers"],
+             "decode": parts["decode"], "layers": layers}  # fmt: skip
+    if parts["heads"].is_even and parts["kv"] == FULL:
+        return KVCache(**more)
+    return PooledCache(heads=parts["heads"], store=parts["kv"], **more)
 
 
 def _with_fields(
