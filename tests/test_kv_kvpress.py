@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxfw.kv import parse
+from jaxfw.kv.pooled import PooledCache
 from jaxfw.kv.scorers import Context
 from jaxfw.models.cache import QKV, AttentionSpec, Step
 from jaxfw.ops.rope import Rope
@@ -20,6 +21,7 @@ SPEC = AttentionSpec(K, 8, 8**-0.5, Rope(), "float32")
 METHODS = (
     "streaming", "knorm", "keydiff", "snapkv(w=16)", "h2o(recent=0,normalise=true)", "tova", "expected",
     "expected(epsilon=0.01)", "pyramidkv(w=16)", "chunkkv(w=16,kernel=5,size=20,rule=count)", "lagkv(lag=8)",
+    "critical(w=8)", "adakv(w=8)",
 )  # fmt: skip
 # Ranks within parts: tokens of different parts have the same rank, and torch.topk takes any of them.
 HAS_TIES = ("lagkv(lag=8)",)
@@ -32,9 +34,10 @@ def fixture(name, T):
 
 def context(name, T, layer, budget):
     arrays = {part: jnp.asarray(fixture(name, T)[f"{layer}/{part}"])[None] for part in ("q", "q_pre", "k", "v")}
+    w_o = jnp.asarray(fixture(name, T)[f"{layer}/w_o"])
     assert arrays["q"].dtype == jnp.float64
     nothing = jnp.zeros((1, T, 1))
-    qkv = QKV(arrays["q"], arrays["k"], arrays["v"], arrays["q_pre"], arrays["k"], nothing, nothing)
+    qkv = QKV(arrays["q"], arrays["k"], arrays["v"], arrays["q_pre"], arrays["k"], nothing, w_o)
     lengths = jnp.asarray([T], jnp.int32)
     step = Step(jnp.arange(T, dtype=jnp.int32)[None], lengths, jnp.int32(layer))
     return Context(qkv, step, SPEC, jnp.asarray(budget)[None])
@@ -73,6 +76,8 @@ def kept(name, method, T, layer, removed):
     budget = made.kept(T)[T]
     c = context(name, T, layer, budget)
     scores = made.scorer(c)
+    if isinstance(made, PooledCache):
+        return np.asarray(made.heads.choose(scores, c.step, c.budget, R=1)[0]), np.asarray(scores.value[0])
     positions = made.granularity.choose(scores, c.step, c.budget, made.granularity.slots(made.kept(T)))
     found = np.zeros((K, T), bool)
     for head, row in enumerate(np.broadcast_to(positions[0], (K, positions.shape[2]))):

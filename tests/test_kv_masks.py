@@ -15,6 +15,7 @@ import pytest
 
 from jaxfw.generate import engine
 from jaxfw.kv import METHODS, parse
+from jaxfw.kv.heads import Even
 from jaxfw.kv.spec import AXES
 from jaxfw.models import DecoderConfig, forward, init
 from jaxfw.models.cache import Cache, FullCache
@@ -39,6 +40,8 @@ POLICIES = (
     "shotkv(w=8)@keep=0.5,rd=0.4", "shotkv(w=8,scope=global)@keep=0.5,rd=0.4", "randomshot@keep=0.5",
     "oracleshot@keep=0.5", "snapkv(w=4)@keep=0.3,decode=slide(window=6,recent=3)",
     "knorm@keep=0.3,decode=adaptive(recent=3,delta=4)", "knorm@keep=0.3,decode=discontinuous(recent=3,delta=4)",
+    "critical(w=4)@keep=0.3", "adakv(w=4)@keep=0.3", "critical(w=4,floor=0.1)@keep=0.3,heads=ada,rd=0.4",
+    "adakv(w=2)@keep=0.3,layers=pyramid(beta=5,w=2),decode=discontinuous(recent=3,delta=4)",
 )  # fmt: skip
 REASSIGNED = "streaming@keep=0.3"
 
@@ -158,8 +161,8 @@ def decoded(policy, weights, cache, masked, also_hidden):
 def test_the_list_names_every_method_and_every_way_of_an_axis():
     made = [policy(text) for text in POLICIES]
     assert {text.partition("@")[0].partition("(")[0] for text in POLICIES} == set(METHODS)
-    for axis, part in (("by", "granularity"), ("layers", "layer_budget"), ("decode", "decode")):
-        assert {type(getattr(one, part)) for one in made} == set(AXES[axis].values())
+    for axis, part in (("by", "granularity"), ("layers", "layer_budget"), ("heads", "heads"), ("decode", "decode")):
+        assert {type(getattr(one, part, Even())) for one in made} == set(AXES[axis].values())
 
 
 @pytest.mark.slow
@@ -210,7 +213,7 @@ def test_neither_padding_nor_neighbours_change_what_is_kept(text):
         for a, b in zip(other[1].layers, cache.layers):
             assert np.array_equal(a.kept_positions, b.kept_positions)
             for name in ("k", "v"):  # slots without a token may hold anything
-                held = np.asarray(a.kept_positions >= 0)
+                held = np.asarray(getattr(a, "positions", a.kept_positions) >= 0)
                 assert np.array_equal(np.asarray(getattr(a, name))[held], np.asarray(getattr(b, name))[held])
     for row in (1,):
         only = slice(row, row + 1)

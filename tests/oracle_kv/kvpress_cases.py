@@ -1,4 +1,4 @@
-"""What kvpress 0.5.5 keeps: three architectures, three lengths, five ratios, ten methods, in float64.
+"""What kvpress 0.5.5 keeps: three architectures, three lengths, five ratios, all methods, in float64.
 
     .venv-oracle-kv/bin/python -m tests.oracle_kv.kvpress_cases    # writes tests/fixtures/kv
 
@@ -38,6 +38,8 @@ PRESSES = {
         kvpress.SnapKVPress(r, window_size=16), chunk_length=20
     ),
     "lagkv(lag=8)": lambda r: kvpress.LagKVPress(r, lag_size=8),
+    "critical(w=8)": lambda r: kvpress.CriticalKVPress(kvpress.SnapKVPress(r, window_size=8)),
+    "adakv(w=8)": lambda r: kvpress.AdaKVPress(kvpress.SnapKVPress(r, window_size=8)),
 }
 
 
@@ -87,8 +89,10 @@ def record(made, T: int) -> list:
 
 
 def kept(press, call) -> np.ndarray:
-    """Bool [K T]: found by comparing the keys that came back with those that were given."""
+    """Bool [K T]: found by comparing the keys that came back with those that were given, or told by a mask."""
     module, hidden, keys, values, attentions, kwargs = call
+    if isinstance(press, kvpress.AdaKVPress):
+        return told(press, call)
     if not isinstance(press, kvpress.ObservedAttentionPress):
         attentions = None
     with torch.no_grad():
@@ -102,14 +106,31 @@ def kept(press, call) -> np.ndarray:
     return found
 
 
+def told(press, call) -> np.ndarray:
+    """Of a press that leaves keys where they are, and says which are not to be attended to."""
+    module, hidden, keys, values, _, kwargs = call
+    implementation = module.config._attn_implementation
+    module.config._attn_implementation = "sdpa"
+    with torch.no_grad():
+        press.compress(module, hidden, keys, values, None, kwargs)
+    module.config._attn_implementation = implementation
+    _, heads, positions = module.masked_key_indices
+    module.masked_key_indices = None
+    found = np.ones(keys.shape[1:3], bool)
+    found[heads.numpy(), positions.numpy()] = False
+    return found
+
+
 def arrays(call) -> dict[str, np.ndarray]:
-    """A layer's queries before and after rotation, keys and values: [T heads d]."""
+    """A layer's queries before and after rotation, keys and values: [T heads d]; its output projection [H*d D]."""
     module, hidden, keys, values, _, kwargs = call
     with torch.no_grad():
         q_pre = get_prerope_query_states(module, hidden)
         cos, sin = (part.unsqueeze(1) for part in kwargs["position_embeddings"])
         q = q_pre * cos + rotate_half(q_pre) * sin
-    return {name: x[0].transpose(0, 1).numpy() for name, x in (("q_pre", q_pre), ("q", q), ("k", keys), ("v", values))}
+    parts = {"q_pre": q_pre, "q": q, "k": keys, "v": values}
+    out = {name: x[0].transpose(0, 1).numpy() for name, x in parts.items()}
+    return out | {"w_o": module.o_proj.weight.detach().T.numpy()}
 
 
 def main() -> None:
