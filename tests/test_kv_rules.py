@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxfw.kv import METHODS, parse
-from jaxfw.kv.budgets import Pyramid, Uniform, wanted
+from jaxfw.kv.budgets import Pyramid, wanted
+from jaxfw.kv.cache import KVCache
 from jaxfw.kv.granularity import Chunks, Units
-from jaxfw.kv.scorers import Context, HeavyHitters, Scores
+from jaxfw.kv.scorers import Context, HeavyHitters, Knorm, Scores
 from jaxfw.kv.selection import ascending, highest, of_mask
 from jaxfw.kv.units import SEGMENTERS, blocks, lines, sentences
 from jaxfw.models.cache import QKV, AttentionSpec, Step
@@ -224,13 +225,13 @@ def test_what_a_row_holds_beyond_its_budget_does_not_depend_on_its_neighbours():
 # --- chunks
 
 
-def chunks_by_the_rule(size, rule, score, protected, budget):
+def chunks_by_the_rule(size, rule, score, protected, budget, share):
     length = len(score)
     pieces = [range(i, min(i + size, length)) for i in range(0, length, size)]
     raised = [max(score) + 1 if rule == "count" and kept else one for one, kept in zip(score, protected, strict=True)]
     mean = [np.mean(np.asarray([raised[i] for i in piece]), dtype=np.float32) for piece in pieces]
     if rule == "count":
-        count = max(1, budget * len(pieces) // length)
+        count = max(1, int(len(pieces) * share + 1e-9))
         best = sorted(range(len(pieces)), key=lambda i: (-mean[i], i))[:count]
         return sorted(i for piece in best for i in pieces[piece])
     return best_by_sorting([mean[i // size] for i in range(length)], protected, length, budget)
@@ -246,11 +247,11 @@ def chunks_by_the_rule(size, rule, score, protected, budget):
 def test_chunks_of_highest_mean_stay(score, size, rule, window, share):
     length, made = len(score), Chunks(size, rule)
     protected = [i >= length - window for i in range(length)]
-    table = np.maximum(Uniform().table(wanted(share, None, T), layer=0, layers=1), 1)
+    table = KVCache(Knorm(), made, keep=share).kept(T)
     value, mask = np.zeros((1, 1, T), np.float32), np.zeros((1, T), bool)
     value[0, 0, :length], mask[0, :length] = score, protected
     found = _choose(made, Scores(value, mask), step_of([[-1] * T], [length]), table[[length]], T)
-    assert rows_of(found) == [chunks_by_the_rule(size, rule, score, protected, table[length])]
+    assert rows_of(found) == [chunks_by_the_rule(size, rule, score, protected, table[length], share)]
     assert len(rows_of(found)[0]) <= made.slots(table)
 
 
@@ -259,8 +260,8 @@ def test_whole_chunks_may_be_fewer_than_the_budget(rule, held):
     """Of 203 tokens in chunks of 10, the short last one among them, half removed, kvpress keeps 93."""
     value = np.random.default_rng(0).normal(size=(1, 1, 203)).astype(np.float32)
     window, step = np.arange(203)[None] >= 187, step_of([[-1] * 203])
-    table = np.maximum(Uniform().table(wanted(0.5, None, 203), layer=0, layers=1), 1)
     made = Chunks(10, rule)
+    table = KVCache(Knorm(), made, keep=0.5).kept(203)
     (found,) = rows_of(_choose(made, Scores(value, window), step, table[[203]], made.slots(table)))
     assert len(found) == held
     assert set(found) >= set(range(187, 203))
@@ -284,8 +285,8 @@ def layer_of(q, k, *, lengths=None, units=None, **options):
     """A layer's tokens and step, without rotary embeddings: q [B T H d], k [B T K d]."""
     q, k = jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
     step = step_of([[-1] * q.shape[1]] * len(q) if units is None else units, lengths, **options)
-    nothing = jnp.zeros((*q.shape[:2], 1))
-    return QKV(q, k, k, q, k, nothing, nothing), step
+    hidden, w_o = jnp.zeros((*q.shape[:2], 1)), jnp.ones((q.shape[2] * q.shape[3], 1))
+    return QKV(q, k, k, q, k, hidden, w_o), step
 
 
 def kept_by(text, qkv, step):
@@ -358,7 +359,8 @@ def test_with_keep_1_everything_stays(method):
     assert not any(policy.decode.evicts for policy in policies)
     for policy in policies:
         state = _prefilled(policy, qkv, step)
-        assert rows_of(state.kept_positions) == [list(range(n)) for n in lengths for _ in range(K)]
+        held = [sorted(head[head >= 0].tolist()) for row in np.asarray(state.kept_positions) for head in row]
+        assert held == [list(range(n)) for n in lengths for _ in range(K)]
 
 
 # --- closed forms

@@ -12,6 +12,9 @@ import jaxfw
 from jaxfw.core.errors import InputError
 from jaxfw.kv import METHODS, KVCache, decoding, granularity, parse, scorers
 from jaxfw.kv.budgets import Pyramid, Uniform
+from jaxfw.kv.heads import Ada
+from jaxfw.kv.pooled import PooledCache
+from jaxfw.kv.stores import Kivi
 from jaxfw.models import forward
 from jaxfw.models.cache import FullCache
 
@@ -67,7 +70,12 @@ def test_a_name_gives_the_parts_of_its_row(name):
             ),
         ),
         ("knorm@keep=0.5,by=units(extra=3)", KVCache(scorers.Knorm(), granularity.Units(extra=3), keep=0.5)),
-        ("knorm(extra=3)@keep=0.5,by=units", KVCache(scorers.Knorm(), granularity.Units(extra=3), keep=0.5)),
+        ("shotkv(extra=3)@keep=0.5", KVCache(scorers.QuestionMass(), granularity.Units(extra=3), keep=0.5)),
+        ("h2o(recent=0.25)@keep=0.5,decode=shots(rd=0.3)", KVCache(scorers.HeavyHitters(0.25), decode=decoding.Shots(0.3), keep=0.5)),
+        (
+            "adakv(w=8,floor=0.1)@keep=0.5,kv=int4",
+            PooledCache(scorers.SnapKV(8), keep=0.5, heads=Ada(0.1), store=Kivi(4)),
+        ),
         ("pyramidkv@keep=0.5,layers=uniform", KVCache(scorers.SnapKV(), layer_budget=Uniform(), keep=0.5)),
         ("h2o@keep=0.5,decode=grow,rd=0.3", KVCache(scorers.HeavyHitters(), decode=decoding.Shots(0.3), keep=0.5)),
         ("knorm@keep=1,decode=shots(rd=0.3,recent=2)", KVCache(scorers.Knorm(), decode=decoding.Shots(0.3, 2), keep=1)),
@@ -150,6 +158,22 @@ def test_decode_policies_go_by_their_names():
         ("streaming(reassign=true)@keep=0.3,decode=grow", r"field of streaming='reassign' is unknown"),
         ("shotkv(scope=global)@keep=0.3,decode=heavy", r"scope=global does not go with Heavy.*: take scope=layer"),
         ("shotkv(scope=global)@keep=0.3,layers=pyramid", r"scope=global is one choice for all layers"),
+        ("chunkkv(reuse=2)@keep=0.3,layers=pyramid", r"reuse=2 takes over the choice .*: take reuse=1, or layers=unif"),
+        ("snapkv@keep=0.3,heads=odd", r"heads='odd' is unknown\. Known: even, ada"),
+        ("adakv(floor=1.5)@keep=0.3", r"floor=1\.5 must lie in \[0, 1\]: the share of an even budget"),
+        ("adakv@keep=0.3,by=chunks", r"heads=Ada.* keep unequal numbers of tokens, and Chunks.*: take by=tokens"),
+        ("shotkv@keep=0.3,heads=ada", r"heads=Ada.* and Units.*take by=tokens, or heads=even"),
+        ("adakv@keep=0.3,decode=heavy", r"Heavy.* forgets tokens of the prompt, whose pool never changes .*=grow"),
+        ("tova@keep=0.3,kv=int8", r"Tova\(\) forgets tokens of the prompt, .*kv=PerToken"),
+        ("streaming@keep=0.3,kv=int4", r"Newest.* forgets tokens of the prompt, .*take decode=grow"),
+        ("critical(first=-0.1)@keep=0.3", r"first=-0\.1 must lie in \[0, 1\]"),
+        ("snapkv@keep=0.3,kv=int3", r"kv='int3' is unknown\. Known: full, kivi, int2, int4, int8, fp8\. Did you mean"),
+        ("snapkv@keep=0.3,kv=kivi(bits=3)", r"bits=3 must be one of 2, 4, 8"),
+        ("snapkv@keep=0.3,kv=int4(group=0)", r"group=0 must be at least 1"),
+        ("snapkv@keep=0.3,kv=int4(residual=-1)", r"residual=-1 0 or more tokens"),
+        ("snapkv@keep=0.3,kv=fp8(residual=-1)", r"residual=-1 must be 0 or more tokens"),
+        ("snapkv@keep=0.3,kv=int8(kind=int7)", r"kind='int7' is unknown\. Known: int8, fp8"),
+        ("snapkv@keep=0.3,kv=int4(width=3)", r"field of int4='width' is unknown\. Known: bits, group, residual"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_said_in_one_line(text, message):

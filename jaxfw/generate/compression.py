@@ -70,7 +70,12 @@ def reading(protocol: str, unit_ids: Sequence[Sequence[int]] | None) -> dict[str
             raise InputError("protocol='ctx' needs units, behind the last of which the question begins: give units=.")
         found["contexts"] = [context_length(row) for row in unit_ids]
         for i, (n, row) in enumerate(zip(found["contexts"], unit_ids, strict=True)):
-            if n == len(row) and n:
+            if not n:
+                raise InputError(
+                    f"protocol='ctx' compresses what stands up to the last unit, and prompt {i} has none: give units=, "
+                    "or a policy that cuts texts otherwise, such as shotkv(units=lines)."
+                )
+            if n == len(row):
                 raise InputError(
                     f"protocol='ctx' reads the question through the compressed context, and nothing of prompt {i} "
                     "stands behind the last unit: end the prompt with a question, or take protocol='refeed'."

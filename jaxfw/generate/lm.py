@@ -138,6 +138,8 @@ class LM:
         ids = [self._encode(text, prefix) for text in texts]
         before = [row or (prefix.tokens if prefix else ()) for row in ids]
         given = with_policy(values, self.config.layers)
+        if prefix and units is not None:
+            raise InputError("units= and prefix= are given: what is read behind a prefix is not cut, give one of both.")
         unit_ids = None if prefix else self._unit_ids(texts, given["policy"], units)
         out = self._continue(
             ids, before, n=n, details=details, protocol=protocol, unit_ids=unit_ids,
@@ -189,6 +191,7 @@ class LM:
         *,
         key: PRNGKeyArray | None = None,
         protocol: str = "full",
+        units: Spans | None = None,
         **values: Unpack[ModelValues],
     ) -> Prefix:
         """Read once what many prompts begin with: `m.generate(questions, prefix=m.prefix(document))`.
@@ -200,6 +203,7 @@ class LM:
             beginning: a text; or messages, for `chat`.
             key: for policies that draw what they keep.
             protocol: "refeed" lets what comes first behind the prefix see no more than what comes later ("full").
+            units: the pieces of the text that stay or go together, as in `generate`.
             values: as in `generate`; a cache that keeps a part does so of the beginning alone. `room` is for prefix,
                 prompt and new tokens together: None leaves 512 or more behind the prefix. Routers and taps are to be
                 given again to what goes on from it.
@@ -212,11 +216,12 @@ class LM:
         if protocol not in ("full", "refeed"):
             raise InputError(f"protocol={protocol!r} must be full or refeed: a prefix is a context by itself.")
         given = with_policy(values, self.config.layers)
-        units = self._unit_ids([text], given["policy"], None, add_special_tokens=is_text)
+        cut = None if units is None else [units]
+        unit_ids = self._unit_ids([text], given["policy"], cut, add_special_tokens=is_text)
         with self._on_mesh():
             return read_prefix(
                 self.config, self.params, ids, key=key, text=text, refeed=protocol == "refeed",
-                unit_ids=None if units is None else units[0], **given,
+                unit_ids=None if unit_ids is None else unit_ids[0], **given,
             )  # fmt: skip
 
     def _unit_ids(

@@ -12,6 +12,7 @@ from jaxfw.core.keys import row_keys
 from jaxfw.core.shapes import Array, Float, PRNGKeyArray, PyTree
 from jaxfw.generate import programs
 from jaxfw.generate.prompts import (
+    SHORTEST_BUCKET,
     bucket,
     cache_room,
     check_context,
@@ -20,7 +21,6 @@ from jaxfw.generate.prompts import (
     default_room,
     pack,
     pack_units,
-    smallest_of_bucket,
 )
 from jaxfw.models import DecoderConfig
 from jaxfw.models.cache import Cache, CachePolicy, FullCache
@@ -120,14 +120,17 @@ def read_prefix(
     """
     policy, size = policy or FullCache(), check_prompts(config, [tokens])
     check_context(config, size, 1)
-    room = default_room(size, SPARE_ROOM) if room is None else room
+    keeps_part = getattr(policy, "keeps_part", False)
+    if room is None:
+        room = size + SPARE_ROOM if keeps_part else default_room(size, SPARE_ROOM)
     if not isinstance(room, int | np.integer) or room <= size:
         raise InputError(f"room={room!r} must be a whole number above the prefix's {size} tokens: raise room.")
     check_taps(config, values.get("taps", ()), 1)
     keys = programs.cache_keys(row_keys(jax.random.key(0) if key is None else key, 1))
     packed, lengths = pack([tokens], bucket(size))
     units = pack_units(None if unit_ids is None else [unit_ids], [tokens], bucket(size))
-    slots = cache_room(policy, int(room), T=bucket(size), new=int(room) - smallest_of_bucket(bucket(size)))
+    new = -(-(int(room) - size) // SHORTEST_BUCKET) * SHORTEST_BUCKET
+    slots = cache_room(policy, int(room), T=bucket(size), new=new)
     logits, cache = programs.prefill(
         config, params, packed, lengths, policy=policy, room=slots, unit_id=units, key=keys, **values,
     )  # fmt: skip

@@ -37,11 +37,6 @@ def default_room(prompt: int, new: int) -> int:
     return -(-needed // step) * step
 
 
-def smallest_of_bucket(T: int) -> int:
-    """The fewest tokens that are padded to T."""
-    return 1 if T == SHORTEST_BUCKET else T // 2 + 1
-
-
 def cache_room(policy: CachePolicy, room: int, *, T: int, new: int) -> int:
     """Slots to ask a policy for: a prompt padded to T and `new` more tokens are to fit.
 

@@ -24,6 +24,7 @@ from jaxfw.kv.selection import ascending
 from jaxfw.kv.state import KVState, padded, taken, written
 from jaxfw.kv.units import SEGMENTERS, Spans
 from jaxfw.models.cache import QKV, AttentionSpec, Cache, Step
+from jaxfw.models.cache.full import check_room
 from jaxfw.ops.attention import attend
 from jaxfw.ops.rope import rotate, rotation
 from jaxfw.ops.slots import attend_first, attend_slots, write_slots
@@ -39,6 +40,7 @@ class PendingState:
     k: Float[Array, "B K T d"]
     v: Float[Array, "B K T d"]
     value: Float[Array, "B #K T"]
+    protected: Bool[Array, "B T"] | None
     seen: Int[Array, "B"]
     new: int = dataclasses.field(metadata={"static": True})
 
@@ -87,6 +89,11 @@ class KVCache:
             raise InputError(
                 f"scope=global does not go with {self.decode}, which sums attention: take scope=layer, or decode=grow."
             )
+        if self._reuse > 1 and self.layer_budget.by_layer:
+            raise InputError(
+                f"reuse={self._reuse} takes over the choice of the layer below, and layers={self.layer_budget} keeps "
+                "another number in each: take reuse=1, or layers=uniform."
+            )
         if self._is_global and self.layer_budget.by_layer:
             raise InputError(
                 f"scope=global is one choice for all layers, and layers={self.layer_budget} wants as many as there are "
@@ -107,18 +114,36 @@ class KVCache:
         return isinstance(self.granularity, Units) and self.granularity.scope == "global"
 
     def spans(self, text: str) -> Spans:
-        """Where the units of a text lie, for `LM.generate`."""
-        return SEGMENTERS[self.units](text)
+        """Where the units of a text lie, for `LM.generate`.
+
+        Raises:
+            InputError: it has none, and whole units are to stay.
+        """
+        found = SEGMENTERS[self.units](text)
+        if not found and isinstance(self.granularity, Units):
+            others = " or ".join(name for name in SEGMENTERS if name != self.units)
+            raise InputError(
+                f"the text {text[-40:]!r} has no {self.units} that end, and {self.scorer} chooses among whole ones: "
+                f"take units={others} in the method's brackets, give units=, or take a method that keeps tokens."
+            )
+        return found
 
     def at(self, layer: int) -> "KVCache":
         """The policy of one layer; where layers do not differ, it is the same."""
         if self.layer_budget.by_layer:
+            if layer >= self.layers:
+                raise InputError(
+                    f"layers={self.layer_budget} shares a budget among {self.layers} layers, and the model has layer "
+                    f"{layer}: give their number, as in parse(text, layers=config.layers)."
+                )
             return dataclasses.replace(self, layer=layer)
         return dataclasses.replace(self, layer=layer % self._reuse)
 
     def kept(self, T: int) -> Int[np.ndarray, "T+1"]:
         """Tokens that this layer keeps of prompts of 0..T tokens: at least one, at most all."""
-        table = self.layer_budget.table(wanted(self.keep, self.budget, T), layer=self.layer, layers=self.layers)
+        share = wanted(self.keep, self.budget, T)
+        table = self.layer_budget.table(share, layer=self.layer, layers=self.layers)
+        table = self.granularity.rounded(table if self.layer_budget.by_layer else share, table)
         return np.clip(table, 1, np.maximum(np.arange(T + 1), 1)).astype(np.int32)
 
     def empty(self, batch: int, *, spec: AttentionSpec, prompt: int, new: int, dtype) -> KVState:
@@ -138,7 +163,8 @@ class KVCache:
         out = attend(qkv.q, k, v, **spec.options)
         c = Context(qkv, step, spec, jnp.asarray(self.kept(T))[step.lengths])
         if self._is_global:
-            return out, PendingState(k, v, self.scorer(c).value, step.lengths, room - T)
+            scores = self.scorer(c)
+            return out, PendingState(k, v, scores.value, scores.protected, step.lengths, room - T)
         return out, self._held(c, k, v, room - T, previous)
 
     def extend(
@@ -173,7 +199,8 @@ class KVCache:
         T = states[0].k.shape[2]
         budget = jnp.asarray(self.kept(T))[step.lengths]
         value = functools.reduce(jnp.add, (state.value for state in states))
-        positions = self.granularity.choose(Scores(value), step, budget, self._slots(T))
+        scores = Scores(value, states[0].protected)
+        positions = self.granularity.choose(scores, step, budget, self._slots(T))
         return Cache(tuple(self._compacted(one.k, one.v, positions, step, one.new, None) for one in states))
 
     def _held(self, c: Context, k: Array, v: Array, new: int, previous: Any) -> Any:
@@ -241,6 +268,7 @@ class KVCache:
     def _appended(self, state: KVState, new: QKV, k: Array, v: Array, step: Step, spec: AttentionSpec, write: bool):
         if not write:
             return _read_beside(state, state.k, new.q, k, v, step.positions, spec), state
+        check_room(state.held, step.lengths, state.S)
         after = written(state, k, v, step.positions, step.valid)
         if k.shape[2] == 1 and spec.window is None:
             return attend_first(new.q, after.k, after.v, state.held + 1, **spec.options), after

@@ -24,6 +24,10 @@ RULES, FILLS, SCOPES = ("fill", "count"), ("skip", "stop"), ("layer", "global")
 class Granularity(Protocol):
     """How scores become the positions that stay."""
 
+    def rounded(self, wanted: Float[np.ndarray, "n"], table: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """`table`, the wanted tokens of prompts of 0..n-1 in whole numbers, or what whole pieces make of them."""
+        ...
+
     def slots(self, table: Int[np.ndarray, "n"]) -> int:
         """Room for what stays of prompts of up to n - 1 tokens, of which `table[length]` are to stay."""
         ...
@@ -36,6 +40,10 @@ class Granularity(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """One by one, each head for itself."""
+
+    def rounded(self, wanted: Float[np.ndarray, "n"], table: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """As it is."""
+        return table
 
     def slots(self, table: Int[np.ndarray, "n"]) -> int:
         """The largest budget."""
@@ -65,13 +73,17 @@ class Chunks:
         if self.rule not in RULES:
             raise unknown("rule", self.rule, RULES)
 
-    def slots(self, table: Int[np.ndarray, "n"]) -> int:
-        """The largest budget; of whole chunks, as many as their count can come to."""
+    def rounded(self, wanted: Float[np.ndarray, "n"], table: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """By the rule "count", the tokens of that share of the number of chunks, rounded down, at least one."""
         if self.rule == "fill":
-            return max(1, int(table.max()))
+            return table
         length = np.arange(len(table))
-        count = np.maximum(1, table * -(-length // self.size) // np.maximum(length, 1))
-        return int(np.minimum(count * self.size, len(table) - 1).max())
+        count = np.floor(wanted * -(-length // self.size) / np.maximum(length, 1) + 1e-9).astype(np.int64)
+        return np.minimum(np.maximum(count, 1) * self.size, length)
+
+    def slots(self, table: Int[np.ndarray, "n"]) -> int:
+        """The largest budget."""
+        return max(1, int(table.max()))
 
     def choose(self, scores: Scores, step: Step, budget: Int[Array, "B"], C: int) -> Int[Array, "B 1 C"]:
         """The chunks of highest mean score."""
@@ -88,8 +100,7 @@ class Chunks:
             of_token = jnp.repeat(mean, self.size, axis=1)[:, None, :T]
             return highest(of_token, scores.protected, lengths, budget, C)
         chunks = -(-lengths // self.size)
-        count = jnp.maximum(1, budget * chunks // jnp.maximum(lengths, 1))
-        best = highest(mean[:, None], None, chunks, count, pieces)[:, 0]
+        best = highest(mean[:, None], None, chunks, -(-budget // self.size), pieces)[:, 0]
         kept = jnp.any(best[..., None] == jnp.arange(pieces), axis=1)
         return of_mask(jnp.repeat(kept, self.size, axis=1)[:, :T] & valid, C)
 
@@ -103,6 +114,8 @@ class Chunks:
 @dataclasses.dataclass(frozen=True)
 class Units:
     """ShotKV (arXiv:2502.01941): a unit stays whole or goes; tokens of no unit (-1: instruction, question) stay.
+
+    So do tokens that a scorer protects, whatever becomes of the rest of their unit.
 
     Units are taken in the order of their scores, as far as they fit into what protected tokens leave of the budget:
     `fill` "skip" passes over one that does not fit, "stop" ends there. If none fits, the best one that finds room in
@@ -126,6 +139,10 @@ class Units:
         if self.extra < 0:
             raise InputError(f"extra={self.extra} must be 0 or more slots.")
 
+    def rounded(self, wanted: Float[np.ndarray, "n"], table: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """As it is."""
+        return table
+
     def slots(self, table: Int[np.ndarray, "n"]) -> int:
         """The largest budget and `extra`, at most the prompt."""
         return max(1, min(int(table.max()) + self.extra, len(table) - 1))
@@ -135,6 +152,8 @@ class Units:
         units = units_of(step)
         valid = step.valid
         is_in = valid & (units >= 0)
+        if scores.protected is not None:
+            is_in &= ~scores.protected
         size, total = _by_unit(units, is_in, is_in.astype(jnp.int32), jnp.sum(scores.value, axis=1))
         mean = jnp.where(size > 0, total / jnp.maximum(size, 1), -jnp.inf)
         order = jnp.argsort(jnp.where(jnp.isnan(mean), -jnp.inf, mean), axis=1, descending=True, stable=True)

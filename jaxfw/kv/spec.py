@@ -1,7 +1,7 @@
 """Methods by name: `snapkv(w=16)@keep=0.3`, `shotkv@keep=0.3,rd=0.4`, `h2o@budget=256,layers=pyramid(beta=10)`.
 
-What stands in brackets sets the fields of the method's parts. Behind the @ stand how much is kept (`keep`, the share of
-the prompt that stays, or `budget`, tokens) and other values for an axis:
+What stands in brackets sets the fields of the method's own parts. Behind the @ stand how much is kept (`keep`, the
+share of the prompt that stays, or `budget`, tokens) and other values for an axis:
 
     by=tokens | chunks(size=10) | units(scope=global)
     layers=uniform | pyramid(beta=20)
@@ -104,13 +104,16 @@ def parse(text: str, *, layers: int = 1) -> KVCache:
         "scorer": method.scorer, "by": method.by, "layers": method.layers, "heads": method.heads, "kv": FULL,
         "decode": method.decode,
     }  # fmt: skip
-    parts |= {axis: _axis(axis, options.pop(axis), text) for axis in AXES if axis in options}
+    given = {axis: _axis(axis, options.pop(axis), text) for axis in AXES if axis in options}
+    parts |= given
     if "rd" in options:
-        parts["decode"] = _decode_share(options.pop("rd"), parts["decode"], text)
+        given["decode"] = parts["decode"] = _decode_share(options.pop("rd"), parts["decode"], text)
     more: dict[str, Any] = {"reassign": method.reassign and isinstance(parts["decode"], decoding.Newest)}
     own = {"units": "blocks"} if isinstance(parts["by"], granularity.Units) else {}
     own |= {"reassign": True} if isinstance(parts["decode"], decoding.Newest) else {}
-    parts, more = _with_fields(name, parts, own, fields, more, text)
+    its_own = {axis: part for axis, part in parts.items() if axis not in given}
+    found, more = _with_fields(name, its_own, own, fields, more, text)
+    parts |= found
     for option, kind in (("keep", float), ("budget", int)):
         if option in options:
             more[option] = _value(option, options.pop(option), kind, text)

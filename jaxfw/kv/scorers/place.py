@@ -23,10 +23,10 @@ class Sinks:
             raise InputError(f"sinks={self.sinks} must be 0 or more first tokens.")
 
     def __call__(self, c: Context) -> Scores:
-        # The first tokens beat the newest, as long as there is room for both.
-        value = jnp.where(c.positions < self.sinks, len(c.positions) + self.sinks - c.positions, c.positions)
-        shape = (*c.step.valid.shape[:1], 1, *c.positions.shape)
-        return Scores(jnp.broadcast_to(wide(value), shape))
+        # The first tokens beat the newest, but for one.
+        sinks = jnp.minimum(self.sinks, c.budget - 1)[:, None]
+        value = jnp.where(c.positions < sinks, len(c.positions) + self.sinks - c.positions, c.positions)
+        return Scores(wide(value)[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
