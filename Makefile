@@ -51,7 +51,7 @@ oracle-kv: .venv-oracle-kv/installed  ## compare cache compression with kvpress:
 	.venv-oracle-kv/bin/python -m tests.oracle_kv.kvpress_cases
 	.venv-oracle-kv/bin/python -m pytest -n 2 --dist worksteal tests/oracle_kv
 
-kv: .venv/installed  ## the study of cache compression on the embedded model, ShotKV's claim, decoding beside kvpress
+kv: .venv/installed  ## the study of cache compression on the embedded model, and ShotKV's claim
 	$(BIN) -m jaxfw.launch --config=configs/kv.py --workdir=runs/kv
 	$(BIN) -m jaxfw.launch --config=configs/kv.py:claim --workdir=runs/kv-claim
 	$(BIN) -m experiments.kv.ship runs/kv runs/kv-claim

@@ -2,7 +2,7 @@
 
     python -m jaxfw.launch --config=configs/kv.py --workdir=runs/kv              # any model: --config.model=DIR
     python -m jaxfw.launch --config=configs/kv.py:claim --workdir=runs/kv-claim  # trains its models, three seeds
-    ... --config.study.methods="('snapkv@keep={keep}', 'shotkv@keep={keep},rd={keep}')" --config.study.keeps="(0.3,)"
+    ... --config.study.methods="('snapkv(w=8)@keep={keep}', 'adakv(w=8)@keep={keep},kv=int4')"
 
 The study asks embedded-1 for seven abilities, with prompts of about 200 tokens each: three quarters of an hour on two
 cores, and a run that was stopped goes on where it was. lm-eval's tasks run by name with `--model_args kv=...`
@@ -35,6 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
         "lagkv(lag=16)@keep={keep}", "snapkv(w=8)@keep={keep},decode=slide(window=24,recent=8)",
         "shotkv(w=8)@keep={keep}", "shotkv(w=8)@keep={keep},rd={keep}", "shotkv(w=8,extra=0)@keep={keep}",
         "shotkv(w=8,scope=global)@keep={keep}", "randomshot@keep={keep}",
+        "adakv(w=8)@keep={keep}", "critical(w=8)@keep={keep}", "snapkv(w=8)@keep={keep},kv=int8",
+        "snapkv(w=8)@keep={keep},kv=int4(residual=8)", "snapkv(w=8)@keep={keep},kv=int2(residual=8)",
+        "adakv(w=8)@keep={keep},kv=int4(residual=8)",
     )  # fmt: skip
     c.study.few = (
         "streaming@keep={keep}", "h2o@keep={keep}", "snapkv(w=8)@keep={keep}", "pyramidkv(w=8,beta=2)@keep={keep}",

@@ -120,5 +120,5 @@ for kv in ("knorm@keep=1", "snapkv(w=4)@keep=0.25", "pyramidkv(w=4)@keep=0.25"):
     print(f"{kv:26}{cache.nbytes:9,} bytes")
 
 # %% [markdown]
-# The whole study, with seven abilities, eighteen methods and three protocols, is
+# The whole study, with seven abilities, 24 methods and three protocols, is
 # `python -m jaxfw.launch --config=configs/kv.py --workdir=runs/kv`; `docs/kv.md` has the methods and their rules.

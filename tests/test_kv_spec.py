@@ -71,7 +71,7 @@ def test_a_name_gives_the_parts_of_its_row(name):
         ),
         ("knorm@keep=0.5,by=units(extra=3)", KVCache(scorers.Knorm(), granularity.Units(extra=3), keep=0.5)),
         ("shotkv(extra=3)@keep=0.5", KVCache(scorers.QuestionMass(), granularity.Units(extra=3), keep=0.5)),
-        ("h2o(recent=0.25)@keep=0.5,decode=shots(rd=0.3)", KVCache(scorers.HeavyHitters(0.25), decode=decoding.Shots(0.3), keep=0.5)),
+        ("h2o(recent=0.25)@keep=0.5,decode=grow", KVCache(scorers.HeavyHitters(0.25), keep=0.5)),
         (
             "adakv(w=8,floor=0.1)@keep=0.5,kv=int4",
             PooledCache(scorers.SnapKV(8), keep=0.5, heads=Ada(0.1), store=Kivi(4)),

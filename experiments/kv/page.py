@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.kv import claim, looks
 from experiments.kv.recall import PROTOCOLS, RecallConfig
-from experiments.kv.study import FULL, StudyConfig
+from experiments.kv.study import FULL, StudyConfig, ability, to_asked
 from jaxfw.generate import LM
 from jaxfw.report import Curve, Interval, Plot, Table, Text
 
@@ -59,7 +59,14 @@ def study_page(
 
 
 def _is_main(c: StudyConfig, line: dict[str, Any]) -> bool:
-    return f"{line['task']}:{line['shots']}" in {":".join(text.split(":")[:2]) for text in c.abilities}
+    return ability(line) in {to_asked(text).key for text in c.abilities}
+
+
+def _names(lines: Sequence[dict[str, Any]]) -> dict[tuple[str, int, int], str]:
+    """Of each ability: its task, with shots and level where that says too little."""
+    keys = list(dict.fromkeys(map(ability, lines)))
+    tasks = [task for task, _, _ in keys]
+    return {key: key[0] if tasks.count(key[0]) == 1 else "{}, {} shots, level {}".format(*key) for key in keys}
 
 
 def _methods(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -72,29 +79,29 @@ def _find(lines, **wanted: Any) -> list[dict[str, Any]]:
 
 def _overview(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> Table:
     """Accuracy of every method and ability at the budget at which protocols are compared."""
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
-    full = {line["task"]: line for line in _find(lines, kv=None)}
+    names = _names(lines)
+    full = {ability(line): line for line in _find(lines, kv=None)}
     rows: list[tuple[Any, ...]] = [
-        (FULL, 1.0, 1.0, None, *(full[task]["accuracy"]["value"] for task in tasks)),
-        ("best trivial answer", None, None, None, *(full[task]["trivial"] for task in tasks)),
+        (FULL, 1.0, 1.0, None, *(full[key]["accuracy"]["value"] for key in names)),
+        ("best trivial answer", None, None, None, *(full[key]["trivial"] for key in names)),
     ]
     for method in _methods(lines):
-        found = {line["task"]: line for line in _find(lines, method=method, keep=c.compared, protocol=c.protocol)}
-        if set(found) != set(tasks):
+        found = {ability(line): line for line in _find(lines, method=method, keep=c.compared, protocol=c.protocol)}
+        if set(found) != set(names):
             continue
         lost = [line["delta_p"] for line in found.values() if line["delta_p"] is not None]
         rows.append((
             method, float(np.mean([line["kept"] for line in found.values()])),
             float(np.mean([line["bytes"] for line in found.values()])), float(np.mean(lost)),
-            *(found[task]["accuracy"]["value"] for task in tasks),
+            *(found[key]["accuracy"]["value"] for key in names),
         ))  # fmt: skip
     return Table(
-        f"Accuracy at keep {c.compared} ({c.protocol})", ("method", "tokens kept", "bytes", "mean ΔP", *tasks),
+        f"Accuracy at keep {c.compared} ({c.protocol})", ("method", "tokens kept", "bytes", "mean ΔP", *names.values()),
         tuple(rows),
         note="ΔP is (P - P_full) / P_full. Methods that keep units keep protected tokens (the question, of long output "
         "most of the prompt) whatever the budget. PyramidKV has equal layers where the last would keep less than w "
         "tokens, as in kvpress: with w=8 and beta=2 below 16 tokens kept. Prompts of "
-        + ", ".join(f"{task} {full[task]['tokens']}" for task in tasks) + " tokens at most.",
+        + ", ".join(f"{name} {full[key]['tokens']}" for key, name in names.items()) + " tokens at most.",
     )  # fmt: skip
 
 
@@ -107,14 +114,14 @@ def _observed(judged: Sequence[dict[str, Any]]) -> Table:
         "The paper's observations and ShotKV's claims, restated before the run",
         ("statement", "here", "first loses", "second loses", "difference", "verdict"), tuple(rows),
         note="Losses are shares of the accuracy with the full cache. A statement held if the interval of the "
-        "difference lies above 0.",
+        "difference lies above 0. The control was added after a first run.",
     )  # fmt: skip
 
 
 def _abilities(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> list[Table]:
     tables = []
-    for task in dict.fromkeys(line["task"] for line in lines):
-        here = _find(lines, task=task)
+    for key, name in _names(lines).items():
+        here = [line for line in lines if ability(line) == key]
         (full,) = _find(here, kv=None)
         rows: list[tuple[Any, ...]] = [(FULL, 1.0, 1.0, 1.0, Interval(**full["accuracy"]), None, None)]
         for method in _methods(here):
@@ -123,7 +130,7 @@ def _abilities(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> list[Table]:
                     rows.append((method, keep, line["kept"], line["bytes"], Interval(**line["accuracy"]),
                                  Interval(**line["change"]), line["delta_p"]))  # fmt: skip
         tables.append(Table(
-            f"{task}, {full['shots']} shots, n = {c.asked} ({c.protocol})",
+            f"{name.partition(',')[0]}, {full['shots']} shots, n = {c.asked} ({c.protocol})",
             ("method", "keep", "tokens kept", "bytes", "accuracy", "change", "ΔP"), tuple(rows),
         ))  # fmt: skip
     return tables
@@ -136,8 +143,8 @@ def _curves(c: StudyConfig, lines: Sequence[dict[str, Any]]) -> list[Plot]:
         for keep in c.keeps:
             found = _find(lines, method=method, keep=keep, protocol=c.protocol)
             if found:
-                mean = [np.mean([line[name] for line in found]) for name in ("bytes",)]
-                points.append((float(mean[0]), float(np.mean([line["accuracy"]["value"] for line in found]))))
+                accuracy = float(np.mean([line["accuracy"]["value"] for line in found]))
+                points.append((float(np.mean([line["bytes"] for line in found])), accuracy))
         if points:
             full = float(np.mean([line["accuracy"]["value"] for line in _find(lines, kv=None)]))
             points = sorted([*points, (1.0, full)])

@@ -43,7 +43,18 @@ class Asked:
     @property
     def name(self) -> str:
         """As in tables."""
-        return f"{self.task}, {self.shots} shots" if self.shots else self.task
+        level = f", level {self.level}" if self.level else ""
+        return f"{self.task}, {self.shots} shots{level}" if self.shots else f"{self.task}{level}"
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """Task, shots and level, the standard one by its number."""
+        return self.task, self.shots, self.level or TASKS[self.task].standard
+
+
+def ability(line: dict[str, Any]) -> tuple[str, int, int]:
+    """The key of what a line measures."""
+    return line["task"], line["shots"], line["level"]
 
 
 def to_asked(text: str) -> Asked:
@@ -58,7 +69,7 @@ def to_asked(text: str) -> Asked:
 class StudyConfig:
     """What is asked (`abilities`, and `more` by `few` methods only), how it is compressed, and how many items.
 
-    The `few` are also those that are measured under the other protocols.
+    The `few`, as far as they are among the methods, are also those that are measured under the other protocols.
 
     Abilities are written task:shots, those of `more` also task:shots@keep. `methods` are kv strings with {keep} in
     them. `keeps` are measured under `protocol`, the other protocols at `compared`.
@@ -86,9 +97,8 @@ class StudyConfig:
             if "{keep}" not in method:
                 raise InputError(f"study.methods has {method!r}: write {{keep}} where the share belongs.")
             parse(method.format(keep=self.compared), layers=2)
-        for name in self.few:
-            if name not in self.methods:
-                raise unknown("study.few", name, self.methods)
+        if self.compared not in self.keeps:
+            raise InputError(f"study.compared={self.compared} must be one of study.keeps={self.keeps}.")
 
     def cells(self) -> Iterator["Cell"]:
         """All cells, the full caches first of each ability; protocols other than the first at one budget."""
@@ -96,7 +106,9 @@ class StudyConfig:
             asked, is_main = to_asked(text), text in self.abilities
             only = text.partition("@")[2]
             yield Cell(asked, None, 1.0, "full")
-            for method in self.methods if is_main else self.few:
+            for method in self.methods:
+                if not is_main and method not in self.few:
+                    continue
                 for keep in self.keeps:
                     if is_main or not only or keep == float(only):
                         yield Cell(asked, method, keep, self.protocol)
@@ -210,7 +222,7 @@ def run_cells(lm: LM, c: StudyConfig, path: Path | None) -> list[dict[str, Any]]
     lines = []
     cells = list(c.cells())
     for number, cell in enumerate(cells, 1):
-        key = (cell.asked.task, cell.asked.shots, cell.label, cell.keep, cell.protocol)
+        key = (*cell.asked.key, cell.label, cell.keep, cell.protocol)
         line = done.get(key)
         if line is None or line["n"] != c.asked:
             line = measure(lm, c, cell)
@@ -224,15 +236,15 @@ def run_cells(lm: LM, c: StudyConfig, path: Path | None) -> list[dict[str, Any]]
 
 
 def _key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return line["task"], line["shots"], line["method"], line["keep"], line["protocol"]
+    return *ability(line), line["method"], line["keep"], line["protocol"]
 
 
 def with_changes(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines with the paired difference to the full cache, and delta-P: that over the full cache's accuracy."""
-    whole = {(line["task"], line["shots"]): line for line in lines if line["kv"] is None}
+    whole = {ability(line): line for line in lines if line["kv"] is None}
     out = []
     for line in lines:
-        full = whole[line["task"], line["shots"]]
+        full = whole[ability(line)]
         if line["kv"] is not None:
             change = paired_difference(np.array(full["marks"]), np.array(line["marks"]))
             base = full["accuracy"]["value"]
