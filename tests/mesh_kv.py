@@ -12,6 +12,7 @@ import sys
 if __name__ == "__main__":  # whatever imports this (doctests, other tests) keeps its own devices
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,10 @@ METHODS = (
     "chunkkv(w=3,size=4,reuse=2)@keep=0.4", "lagkv(lag=4)@keep=0.4", "shotkv@keep=0.5,rd=0.5",
     "shotkv(scope=global)@keep=0.5", "randomshot@keep=0.5", "oracleshot@keep=0.5",
     "knorm@keep=0.4,decode=slide(window=3,recent=1)", "knorm@keep=0.4,decode=discontinuous(recent=1,delta=2)",
+    "critical(w=3)@keep=0.4", "adakv(w=3)@keep=0.4",
+)  # fmt: skip
+PACKED = (
+    "adakv(w=3)@keep=0.4,rd=0.5,kv=kivi(bits=4,group=8,residual=2)", "snapkv(w=3)@keep=0.4,kv=int8",
 )  # fmt: skip
 MESHES = {"tensor=4": dict(tensor=4), "data=2,tensor=2": dict(data=2, tensor=2)}
 B, T, NEW = 4, 32, 6
@@ -94,14 +99,16 @@ def kept(caches):
 
 def held(cache):
     """Bytes of keys and values on the device that has most of them."""
-    arrays = [x for state in cache.layers for x in (state.k, state.v)]
+    arrays = jax.tree.leaves([(state.k, state.v) for state in cache.layers])
     return sum(max(shard.data.nbytes for shard in x.addressable_shards) for x in arrays)
 
 
 def compare(kv, params, sizes):
     policy = parse(kv, layers=CONFIG.layers)
     mesh = make_mesh(**sizes, devices=jax.devices()[:4])
-    expected, whole, _ = calls(policy, params)
+    # Heads of a device share its part of a budget: on one device, as many parts.
+    with mock.patch("jaxfw.kv.pool.shards_of", lambda heads: sizes["tensor"]):
+        expected, whole, _ = calls(policy, params)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(decoder_rules(CONFIG), mesh, params))
         ours, caches, texts = calls(policy, placed, mesh)
@@ -116,14 +123,14 @@ def compare(kv, params, sizes):
         "laid out": all(jax.tree.leaves(laid_out)),
         "moved": [largest_moved(text) for text in texts],
         "summed": largest_moved(texts[1], "all-reduce"),  # of a decode step; a prompt's are wider than its keys
-        "keys": int(whole[1].layers[0].k.size),
+        "keys": sum(x.size for x in jax.tree.leaves(whole[1].layers[0].k)),
     }
 
 
 if __name__ == "__main__":
     weights = jax.jit(init, static_argnums=0)(CONFIG, jax.random.key(0))
     # On the second mesh, one of each kind: what differs there are the rows.
-    chosen = METHODS if sys.argv[1] == "tensor=4" else METHODS[::5]
+    chosen = METHODS + PACKED[1:] if sys.argv[1] == "tensor=4" else METHODS[:-1:5] + METHODS[-1:] + PACKED
     cases = {kv: compare(kv, weights, MESHES[sys.argv[1]]) for kv in chosen}
     moved = control(make_mesh(**MESHES[sys.argv[1]], devices=jax.devices()[:4]))
     print(json.dumps({"control": moved, "cases": cases}))

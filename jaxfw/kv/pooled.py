@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Bool, Float, Int
+from jaxfw.kv import pool
 from jaxfw.kv.cache import KVCache
 from jaxfw.kv.forgetting import forget
 from jaxfw.kv.granularity import Tokens
@@ -18,7 +19,6 @@ from jaxfw.kv.pool import (
     check_attention,
     pool_shape,
     pooled,
-    shards_of,
     split,
 )
 from jaxfw.kv.scorers import Context
@@ -72,7 +72,7 @@ class PooledCache(KVCache):
         scores = self.scorer(c)
         if scores.value.shape[1] != k.shape[1]:
             raise InputError(f"{self.scorer} scores all heads alike: heads={self.heads} has nothing to share out.")
-        keep = self.heads.choose(scores, c.step, c.budget, shards_of(k.shape[1]))
+        keep = self.heads.choose(scores, c.step, c.budget, pool.shards_of(k.shape[1]))
         return self._parted(k, v, keep, c.step, self._slots(k.shape[2]), new, self._sums(c))
 
     def _compacted(

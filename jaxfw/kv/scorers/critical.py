@@ -11,6 +11,8 @@ from jaxfw.kv.scorers.base import Context, Scores, wide
 from jaxfw.kv.scorers.window import SnapKV
 from jaxfw.kv.selection import highest, marked
 
+BLOCK = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Critical(SnapKV):
@@ -38,16 +40,15 @@ class Critical(SnapKV):
 
 
 def output_norm(c: Context) -> Float[Array, "B K T"]:
-    """|W_o v|_1 of each token, one head's product [B T D] at a time, averaged over the heads of a group."""
+    """|W_o v|_1 of each token, averaged over the heads of a group: `BLOCK` tokens at a time, [B K G BLOCK D]."""
     B, K, T, d = c.v.shape
     w_o = wide(c.qkv.w_o)
     w_o = w_o.reshape(K, -1, d, w_o.shape[-1])
 
-    def of_head(w: Float[Array, "d D"], v: Float[Array, "B T d"]) -> Float[Array, "B T"]:
-        return jnp.sum(jnp.abs(jnp.einsum("BTd,dD->BTD", v, w, precision="highest")), axis=-1)
+    def of_block(v: Float[Array, "B K t d"]) -> Float[Array, "B K t"]:
+        out = jnp.einsum("BKtd,KGdD->BKGtD", v, w_o, precision="highest")
+        return jnp.mean(jnp.sum(jnp.abs(out), axis=-1), axis=2)
 
-    def of_group(parts: tuple[Array, Array]) -> Float[Array, "B T"]:
-        w, v = parts
-        return jnp.mean(jax.lax.map(lambda one: of_head(one, v), w), axis=0)
-
-    return jnp.swapaxes(jax.lax.map(of_group, (w_o, jnp.swapaxes(c.v, 0, 1))), 0, 1)
+    blocks = -(-T // BLOCK)
+    v = jnp.pad(c.v, ((0, 0), (0, 0), (0, blocks * BLOCK - T), (0, 0))).reshape(B, K, blocks, BLOCK, d)
+    return jnp.moveaxis(jax.lax.map(of_block, jnp.moveaxis(v, 2, 0)), 0, 2).reshape(B, K, -1)[..., :T]
