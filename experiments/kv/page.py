@@ -16,10 +16,12 @@ DRAWN = (
 )  # fmt: skip
 # Protected tokens and the best unit stay in any case; a pyramid rounds in each layer.
 MAY_EXCEED = ("shotkv", "randomshot", "oracleshot", "pyramidkv")
-READING = """Under the protocol full every method has the full cache's first token: it is drawn before anything is
-forgotten. Methods that keep tokens still find the row that is asked for, and cannot repeat it; methods that keep the
-row can. SnapKV's pooling over five neighbours is nearly a row of six. The oracle keeps the row that is asked for by
-its number: what it loses is lost whatever is chosen."""
+READING = (
+    "Under the protocol full every method has the full cache's first token: it is drawn before anything is forgotten. "
+    "Methods that keep tokens still find the row that is asked for, and cannot repeat it; methods that keep it can. "
+    "SnapKV's pooling over five neighbours is nearly a row of six. The oracle keeps the row that is asked for by its "
+    "number: what it loses is lost whatever is chosen."
+)
 
 
 def study_checks(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
