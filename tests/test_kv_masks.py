@@ -19,6 +19,8 @@ from jaxfw.kv.heads import Even
 from jaxfw.kv.spec import AXES
 from jaxfw.models import DecoderConfig, forward, init
 from jaxfw.models.cache import Cache, FullCache
+from pallas_kernels.packing import unpack
+from pallas_kernels.ragged_decode import BLOCK, block_heads
 from tests.cache_contract import FAST_TO_COMPILE, fast_to_compile
 
 CONFIG = DecoderConfig(
@@ -44,6 +46,11 @@ POLICIES = (
     "adakv(w=2)@keep=0.3,layers=pyramid(beta=5,w=2),decode=discontinuous(recent=3,delta=4)",
 )  # fmt: skip
 REASSIGNED = "streaming@keep=0.3"
+PACKED = (
+    "snapkv(w=4)@keep=0.3,kv=int8", "snapkv(w=4)@keep=0.3,kv=fp8(residual=3)", "knorm@keep=1,kv=kivi(bits=2,group=4,residual=3)",
+    "shotkv(w=8)@keep=0.5,rd=0.4,kv=kivi(bits=4,group=8,residual=5)",
+    "adakv(w=4)@keep=0.3,kv=kivi(bits=8,group=8,residual=4)",
+)  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -201,6 +208,32 @@ def test_a_compressed_cache_is_a_full_one_with_holes(text):
         hidden[1, b, 0, np.flatnonzero(held[0, 1, b, 0])[-1]] = True
     _, other, _ = map(np.asarray, decoded(policy(text), params(), cache, masked, hidden))
     assert np.all(np.abs(ours[0] - other[0]).max(axis=-1) > 1e-4)
+
+
+def rounded(masked, state):
+    """A full cache with what a pool holds in place of the keys and values that it was made of."""
+    (_, R, P), K = state.positions.shape, CONFIG.kv_heads
+    owner = np.asarray(block_heads(state.start, R, P)).repeat(BLOCK, axis=2)
+    found = {name: np.array(getattr(masked, name)) for name in ("k", "v")}
+    for name, out in found.items():
+        pool = np.asarray(unpack(getattr(state, name)))
+        for b, r, slot in zip(*np.nonzero(np.asarray(state.positions) >= 0), strict=True):
+            out[b, r * (K // R) + owner[b, r, slot], state.positions[b, r, slot]] = pool[b, r, slot]
+    return dataclasses.replace(masked, **found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", PACKED)
+def test_a_cache_in_few_bits_is_a_full_one_of_rounded_numbers(text):
+    logits, cache = of_full(policy(text))
+    expected, masked = of_full(Masked())
+    assert np.array_equal(logits, expected), "the prompt itself is read in full width"
+    near = Cache(tuple(map(rounded, masked.layers, cache.layers)))
+    hidden = np.zeros((CONFIG.layers, B, CONFIG.kv_heads, ROOM), bool)
+    ours, oracle, _ = map(np.asarray, decoded(policy(text), params(), cache, near, hidden))
+    assert np.abs(ours - oracle).max() <= ATOL
+    _, unrounded, _ = map(np.asarray, decoded(policy(text), params(), cache, masked, hidden))
+    assert np.abs(ours - unrounded).max() > 1e-3, "rounding is seen"
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ FIELDS = {"pyramidkv": "(w=8,beta=4)", "chunkkv": "(reuse=2)"} | dict.fromkeys(
     ("shotkv", "randomshot", "oracleshot"), "(extra=0)"
 )
 GLOBAL = f"shotkv(scope=global,extra=0)@keep={KEEP}"
-OF_BYTES = ("snapkv", "pyramidkv", "chunkkv", "streaming(reassign=false)", "shotkv")
+OF_BYTES = ("snapkv", "pyramidkv", "chunkkv", "streaming(reassign=false)", "shotkv", "adakv")
 
 
 def nbytes(tree):

@@ -48,6 +48,7 @@ FLAGS = {
     "capacity": "of experts in training, 1.25 say; 0 drops nothing, which takes longer, also to compile",
     "stacked": "true: one loop over the layers; false: each for itself",
     "quantise": "int8 or int4, of a decode step's weights",
+    "kv": "what a decode step's cache keeps, as in adakv@keep=0.2,kv=int4 (docs/kv.md)",
     "options": f"{', '.join(SETS)}, or XLA's own as name=value;name=value",
 }
 

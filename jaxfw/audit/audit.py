@@ -49,6 +49,7 @@ class Request:
     capacity: float = 0.0
     stacked: bool = True
     quantise: str = ""
+    kv: str = ""
     options: str = "none"
     config: DecoderConfig | None = None
     optimizer: OptimizerConfig | None = None
@@ -60,6 +61,8 @@ class Request:
             raise unknown("--remat", self.remat, ("none", *REMAT))
         if self.capacity:
             self._check_capacity()
+        if self.kv and self.program != "decode":
+            raise InputError(f"--kv={self.kv} is of a cache, which --program={self.program} has none of: take decode.")
         parse_options(self.options)
 
     def _check_capacity(self) -> None:
@@ -99,7 +102,7 @@ class Request:
         mesh = aot.cluster(self.target, **(axes or self._default_axes()))
         if self.program == "decode":
             return programs.decode_step(
-                config, mesh, batch=self.batch, length=self.length, quantise=self.quantise or None
+                config, mesh, batch=self.batch, length=self.length, quantise=self.quantise or None, kv=self.kv or None
             )
         if self.program == "prefill":
             return programs.prefill_layer(config, mesh, batch=self.batch, length=self.length)

@@ -1,7 +1,6 @@
 """Programs of a model as shapes on a mesh: what `jaxfw.core.aot` compiles, and what its arguments are."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxfw.core.errors import InputError
 from jaxfw.core.mesh import BATCH_AXES, fit
 from jaxfw.core.shapes import PyTree
 from jaxfw.core.sharding import shardings, state_shardings
+from jaxfw.generate.compression import with_policy
 from jaxfw.models import DecoderConfig, attention_spec, first_step, forward, init, layer, stack_layers
 from jaxfw.models.cache import Cache, FullCache
 from jaxfw.models.routing import Experts
@@ -80,12 +80,19 @@ def train_step(
     )  # fmt: skip
 
 
-def decode_step(config: DecoderConfig, mesh: Mesh, *, batch: int, length: int, quantise: str | None = None) -> Program:
-    """One token for each of `batch` rows, behind a full cache of `length` slots, which is donated."""
+def decode_step(
+    config: DecoderConfig, mesh: Mesh, *, batch: int, length: int, quantise: str | None = None, kv: str | None = None
+) -> Program:
+    """One token for each of `batch` rows, behind a cache of `length` tokens, which is donated.
+
+    `kv` says what the cache keeps of them, and in how many bits; None keeps everything.
+    """
     _check_length(config, length)
-    policy, params = FullCache(), placed_params(config, mesh, quantise)
-    empty = functools.partial(policy.empty, spec=attention_spec(config), prompt=length - 1, new=1, dtype=config.dtype)
-    cache = jax.eval_shape(lambda: Cache(tuple(empty(batch) for _ in range(config.layers))))
+    policy = with_policy({"kv": kv}, config.layers)["policy"] or FullCache()
+    params = placed_params(config, mesh, quantise)
+    asked = {"spec": attention_spec(config), "prompt": length - 1, "new": 1, "dtype": config.dtype}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        cache = jax.eval_shape(lambda: Cache(tuple(policy.at(i).empty(batch, **asked) for i in range(config.layers))))
     cache = placed(cache, cache_shardings(mesh, cache))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     tokens = placed(tokens, batch_shardings(mesh, tokens))
