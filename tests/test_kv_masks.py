@@ -47,7 +47,8 @@ POLICIES = (
 )  # fmt: skip
 REASSIGNED = "streaming@keep=0.3"
 PACKED = (
-    "snapkv(w=4)@keep=0.3,kv=int8", "snapkv(w=4)@keep=0.3,kv=fp8(residual=3)", "knorm@keep=1,kv=kivi(bits=2,group=4,residual=3)",
+    "snapkv(w=4)@keep=0.3,kv=int8", "snapkv(w=4)@keep=0.3,kv=fp8(residual=3)",
+    "knorm@keep=1,kv=kivi(bits=2,group=4,residual=3)",
     "shotkv(w=8)@keep=0.5,rd=0.4,kv=kivi(bits=4,group=8,residual=5)",
     "adakv(w=4)@keep=0.3,kv=kivi(bits=8,group=8,residual=4)",
 )  # fmt: skip
