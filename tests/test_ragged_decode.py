@@ -31,7 +31,7 @@ def quantised(x, kind, *, of):
     if kind in ("int8", "fp8"):
         return pack_symmetric(x, kind)
     bits = int(kind[-1])
-    axis, group = ("slots", BLOCK) if of == "k" else ("channels", 16 if x.shape[-1] % 32 else 32)
+    axis, group = ("slots", BLOCK) if of == "k" else ("channels", 20 if x.shape[-1] == 80 else 32)
     return pack(x, bits=bits, axis=axis, group=group)
 
 

@@ -70,7 +70,7 @@ class Kivi:
         if d % self.group or d * self.bits % 8:
             raise InputError(
                 f"group={self.group} does not divide heads of width {d} in whole bytes of {self.bits}-bit codes: take "
-                f"kv=kivi(bits={self.bits},group={d & -d})."
+                f"kv=kivi(bits={self.bits},group={d // 4})."
             )
 
     def keys(self, x: Float[Array, "B R P d"]) -> Pool:
