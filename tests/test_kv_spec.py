@@ -103,6 +103,7 @@ def test_decode_policies_go_by_their_names():
     [
         (0.3, r"kv=0\.3 must be a string such as 'snapkv@keep=0\.3'"),
         ("snapk@keep=0.3", r"kv method='snapk' is unknown\. Known: streaming, .*Did you mean 'snapkv'\?"),
+        ("pyramidinfer@keep=0.3", r"pyramidinfer drops tokens between layers .*: take pyramidkv"),
         ("@keep=0.3", r"kv method='' is unknown\. Known: streaming"),
         ("snapkv", r"'snapkv' does not say how much stays: add @keep=0\.3 .* or @budget=256"),
         ("snapkv@", r"does not say how much stays"),

@@ -62,6 +62,13 @@ METHODS: Mapping[str, Method] = MappingProxyType({
     "oracleshot": Method(scorers.FirstUnits(), by=granularity.Units()),
 })  # fmt: skip
 
+# Known, and not built: a cache policy sees a layer's keys, not the hidden states that the next layer will read.
+REFUSED: Mapping[str, str] = MappingProxyType({
+    "pyramidinfer": "drops tokens between layers while a prompt is read, and a cache policy only what a layer keeps of "
+    "it: take pyramidkv, whose upper layers keep less",
+    "quest": "keeps everything and reads a part of it: it forgets nothing, and saves no memory",
+})  # fmt: skip
+
 AXES: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "by": {"tokens": granularity.Tokens, "chunks": granularity.Chunks, "units": granularity.Units},
     "layers": {"uniform": Uniform, "pyramid": Pyramid},
@@ -94,6 +101,8 @@ def parse(text: str, *, layers: int = 1) -> KVCache:
         raise InputError(f"kv={text!r:.60} must be a string such as 'snapkv@keep=0.3'.")
     head, at, tail = text.strip().partition("@")
     name, fields = _call(head, text)
+    if name in REFUSED:
+        raise InputError(f"kv={text!r}: {name} {REFUSED[name]}.")
     if name not in METHODS:
         raise unknown("kv method", name, METHODS)
     options = _options(tail, text)
