@@ -18,7 +18,6 @@ from jaxfw.kv.cache import KVCache
 from jaxfw.kv.granularity import Chunks, Units
 from jaxfw.kv.scorers import Context, HeavyHitters, Knorm, Scores
 from jaxfw.kv.selection import ascending, highest, of_mask
-from jaxfw.kv.units import SEGMENTERS, blocks, lines, sentences
 from jaxfw.models.cache import QKV, AttentionSpec, Step
 from tests.cache_contract import fast_to_compile
 
@@ -474,35 +473,3 @@ def test_a_budget_is_a_share_of_each_rows_length_or_a_number():
     assert parse("knorm@budget=3").kept(6).tolist() == [1, 1, 2, 3, 3, 3, 3]
     exact = np.maximum(np.arange(1001) * 29 // 100, 1)  # in doubles, 0.29 * 100 is 28.999999999999996
     assert parse("knorm@keep=0.29").kept(1000).tolist() == exact.tolist()
-
-
-# --- where units lie
-
-
-@pytest.mark.parametrize(
-    ("segment", "text", "pieces"),
-    [
-        (blocks, "Q: 1\nA: 2\n\nQ: 3\nA: 4\n\nQ: 5", ["Q: 1\nA: 2\n\n", "Q: 3\nA: 4\n\n"]),
-        (blocks, "one\n \t\n\n\n  two\n\nthree", ["one\n \t\n\n\n  ", "two\n\n"]),
-        (blocks, "\n\none\n\n", ["one\n\n"]),
-        (blocks, "one\ntwo", []),
-        (lines, "one\n\n\ntwo\nthree", ["one\n\n\n", "two\n"]),
-        (lines, "\n \none\n", ["one\n"]),
-        (lines, "", []),
-        (sentences, 'He said "no!" Then? Yes... And 3.5 of it', ['He said "no!" ', "Then? ", "Yes... "]),
-        (sentences, "One line\nTwo. Three.", ["One line\n", "Two. "]),
-    ],
-)
-def test_texts_are_cut_where_a_separator_ends(segment, text, pieces):
-    assert [text[begin:end] for begin, end in segment(text)] == pieces
-
-
-@given(name=st.sampled_from(sorted(SEGMENTERS)), text=st.text("ab.? \t\n", max_size=20))
-def test_spans_stand_in_order_and_hold_something(name, text):
-    cut, before = SEGMENTERS[name], 0
-    for begin, end in cut(text):
-        assert before <= begin < end <= len(text)
-        assert text[begin:end].strip()
-        assert not text[before:begin].strip()
-        before = end
-    assert cut(text[before:]) == ()  # the question is in no unit
