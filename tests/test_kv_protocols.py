@@ -66,7 +66,7 @@ def test_the_first_token_sees_all_under_full_and_what_is_kept_under_the_others(m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["streaming", "h2o", "pyramidkv", "adakv", "shotkv"])  # of each state one
 def test_keeping_all_changes_nothing_under_refeed(method):
     whole = first_logits(FullCache(), "full")
     np.testing.assert_allclose(first_logits(policy(method, 1), "refeed"), whole, atol=1e-4, rtol=0)
