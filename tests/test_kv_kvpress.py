@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxfw.kv import parse
-from jaxfw.kv.pooled import PooledCache
+from jaxfw.kv.pooled_cache import PooledCache
 from jaxfw.kv.scorers import Context
 from jaxfw.models.cache import QKV, AttentionSpec, Step
 from jaxfw.ops.rope import Rope

@@ -13,7 +13,7 @@ from jaxfw.core.errors import InputError
 from jaxfw.kv import METHODS, KVCache, decoding, granularity, parse, scorers
 from jaxfw.kv.budgets import Pyramid, Uniform
 from jaxfw.kv.heads import Ada
-from jaxfw.kv.pooled import PooledCache
+from jaxfw.kv.pooled_cache import PooledCache
 from jaxfw.kv.stores import Kivi
 from jaxfw.models import forward
 from jaxfw.models.cache import FullCache

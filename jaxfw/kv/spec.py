@@ -28,7 +28,7 @@ from jaxfw.kv import decoding, granularity, scorers, stores
 from jaxfw.kv.budgets import LayerBudget, Pyramid, Uniform
 from jaxfw.kv.cache import GROW, TOKENS, UNIFORM, KVCache
 from jaxfw.kv.heads import Ada, Even, HeadBudget
-from jaxfw.kv.pooled import EVEN, FULL, PooledCache
+from jaxfw.kv.pooled_cache import EVEN, FULL, PooledCache
 
 
 @dataclasses.dataclass(frozen=True)
