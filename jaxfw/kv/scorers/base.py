@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxfw.core.shapes import Array, Bool, Float, Int
 from jaxfw.models.cache import QKV, AttentionSpec, Step
+from pallas_kernels import column_mass
 
 
 @jax.tree_util.register_dataclass
@@ -74,22 +75,16 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def last_rows(c: Context, w: int, *, begin: Int[Array, "B"] | None = None) -> Float[Array, "B K G w T"]:
-    """Attention weights of the last `w` queries of each row, over all of its keys; zeros for queries before `begin`.
-
-    [B H w T] numbers, where w is small.
-    """
-    B, T, H, d = c.qkv.q.shape
-    K = c.spec.kv_heads
+def last_mass(c: Context, w: int, *, begin: Int[Array, "B"] | None = None) -> Float[Array, "B K G T"]:
+    """Attention weights of the last `w` queries of each row on its keys, summed over queries from `begin` on."""
     at = c.step.lengths[:, None] - w + jnp.arange(w)
-    first = jnp.zeros_like(c.step.lengths) if begin is None else begin
-    is_row = at >= first[:, None]
     rows = jnp.take_along_axis(c.qkv.q, jnp.maximum(at, 0)[:, :, None, None], axis=1)
-    rows = wide(rows).reshape(B, w, K, H // K, d)
-    logits = jnp.einsum("BwKGd,BKTd->BKGwT", rows, c.k, precision="highest") * c.spec.scale
-    visible = c.positions <= at[..., None]
-    if c.spec.window is not None:
-        visible &= c.positions > at[..., None] - c.spec.window
-    visible &= is_row[..., None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1)
-    return jnp.where(visible[:, None, None], weights, 0)
+    first = jnp.zeros_like(c.step.lengths) if begin is None else begin
+    return rows_mass(c, rows, jnp.where(at >= first[:, None], at, -1))
+
+
+def rows_mass(c: Context, q: Float[Array, "B W H d"], positions: Int[Array, "B W"]) -> Float[Array, "B K G T"]:
+    """Attention weights of queries at `positions` on each key, summed over queries; -1 is none."""
+    k = jnp.swapaxes(c.qkv.k, 1, 2)
+    mass = column_mass(q, k, positions=positions, scale=c.spec.scale, window=c.spec.window)
+    return mass.reshape(len(q), c.spec.kv_heads, -1, k.shape[2])

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError
 from jaxfw.core.shapes import Array, Float
-from jaxfw.kv.scorers.base import Context, Scores, wide
-from jaxfw.ops.attention_rows import attention_lse, attention_summary
+from jaxfw.kv.scorers.base import Context, Scores, rows_mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +33,5 @@ class HeavyHitters:
 
 
 def column_mass(c: Context) -> Float[Array, "B K T"]:
-    """Attention weights of all valid queries on each key, summed over queries, averaged over the heads of a group.
-
-    A block of queries at a time, never [T T].
-    """
-    B, T, H, _ = c.qkv.q.shape
-    q, options = wide(c.qkv.q), {"scale": c.spec.scale, "window": c.spec.window}
-    lse = attention_lse(q, c.k, **options)
-    mass = attention_summary(q, c.k, lse, lengths=c.step.lengths, **options).mass
-    return jnp.mean(mass.reshape(B, c.spec.kv_heads, -1, T), axis=2)
+    """Attention weights of all valid queries on each key, summed over queries, averaged over the heads of a group."""
+    return jnp.mean(rows_mass(c, c.qkv.q, jnp.where(c.step.valid, c.positions, -1)), axis=2)

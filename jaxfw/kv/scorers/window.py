@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxfw.core.errors import InputError, unknown
 from jaxfw.core.shapes import Array, Float
-from jaxfw.kv.scorers.base import Context, Scores, last_rows
+from jaxfw.kv.scorers.base import Context, Scores, last_mass
 
 POOLS = ("avg", "max")
 
@@ -34,7 +34,7 @@ class SnapKV:
     def __call__(self, c: Context) -> Scores:
         protected = c.newest(self.w)
         rows = jnp.maximum(jnp.minimum(c.step.lengths, self.w), 1)[:, None, None, None]
-        seen = jnp.sum(last_rows(c, self.w), axis=3) / rows
+        seen = last_mass(c, self.w) / rows
         seen = jnp.where(protected[:, None, None], 0, seen)
         return Scores(jnp.mean(self._pooled(seen), axis=2), protected)
 
@@ -55,7 +55,7 @@ class LastQuery:
     """
 
     def __call__(self, c: Context) -> Scores:
-        return Scores(jnp.mean(last_rows(c, 1)[:, :, :, 0], axis=(1, 2))[:, None], c.newest(1))
+        return Scores(jnp.mean(last_mass(c, 1), axis=(1, 2))[:, None], c.newest(1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class QuestionMass:
         check_window(self.w)
 
     def __call__(self, c: Context) -> Scores:
-        return Scores(jnp.sum(last_rows(c, self.w, begin=c.suffix), axis=(1, 2, 3))[:, None])
+        return Scores(jnp.sum(last_mass(c, self.w, begin=c.suffix), axis=(1, 2))[:, None])
 
 
 def check_window(w: int) -> None:
