@@ -99,6 +99,8 @@ def supports_ragged_decode(impl: str, *, q, k, v) -> str | None:
         return f"its q has one dtype of {', '.join(DTYPES)}, got {q.dtype}"
     for name, x in (("k", k), ("v", v)):
         if isinstance(x, Packed):
+            if x.codes.size >= 2**31:
+                return f"{name} has {x.codes.size} codes, and offsets into bytes have 32 bits (below 2^31)"
             is_symmetric = x.zero is None and x.group == x.shape[-1]
             by = {"k": ("slots", BLOCK), "v": ("channels", x.group)}[name]
             if not is_symmetric and (x.axis, x.group) != by:

@@ -42,7 +42,7 @@ POLICIES = (
     "shotkv(w=8)@keep=0.5,rd=0.4", "shotkv(w=8,scope=global)@keep=0.5,rd=0.4", "randomshot@keep=0.5",
     "oracleshot@keep=0.5", "snapkv(w=4)@keep=0.3,decode=slide(window=6,recent=3)",
     "knorm@keep=0.3,decode=adaptive(recent=3,delta=4)", "knorm@keep=0.3,decode=discontinuous(recent=3,delta=4)",
-    "critical(w=4)@keep=0.3", "adakv(w=4)@keep=0.3", "critical(w=4,floor=0.1)@keep=0.3,heads=ada,rd=0.4",
+    "critical(w=4)@keep=0.3", "adakv(w=4)@keep=0.3", "critical(w=4)@keep=0.3,heads=ada(floor=0.1),rd=0.4",
     "adakv(w=2)@keep=0.3,layers=pyramid(beta=5,w=2),decode=discontinuous(recent=3,delta=4)",
 )  # fmt: skip
 REASSIGNED = "streaming@keep=0.3"

@@ -101,10 +101,9 @@ def pooled(
     rank = jnp.clip(jnp.arange(P) - of_head[0], 0, jnp.maximum(of_head[1] - 1, 0))  # the last token fills its block
     at = jnp.take_along_axis(ordered.reshape(B, R, -1), head * T + rank, axis=2)
     at = jnp.minimum(at, T - 1)
-    index = (head * T + at)[..., None]
-    keys, values = (jnp.take_along_axis(x.reshape(B, R, -1, d), index, axis=2) for x in (k, v))
+    k, v = (x.reshape(B, R, -1, d) for x in (k, v))
     positions = jnp.where(is_held(start, length, R, P), at, -1)
-    return store.keys(keys), store.values(values), positions, start
+    return store.keys(k, head * T + at), store.values(v, head * T + at), positions, start
 
 
 def attend_pool(

@@ -55,11 +55,12 @@ class PooledCache(KVCache):
         B, K, d, C = batch, spec.kv_heads, spec.head_dim, self._slots(prompt)
         R, P = pool_shape(K, C, self._surely_beside(C))
         S = min(self.store.residual, C) + self.decode.room(new)
-        nothing, zero, beside = jnp.zeros((B, R, P, d), dtype), jnp.zeros(B, jnp.int32), jnp.zeros((B, K, S, d), dtype)
+        nothing, zero, beside = jnp.zeros((B, R, 1, d), dtype), jnp.zeros(B, jnp.int32), jnp.zeros((B, K, S, d), dtype)
         tail = KVState(beside, beside, jnp.full((B, K, S), -1, jnp.int32), zero, zero, zero, zero, zero)
         tail, none = self._with_extras(tail, jnp.zeros((B, K, S), jnp.float32), None), jnp.zeros((B, K), jnp.int32)
-        keys, values = self.store.keys(nothing), self.store.values(nothing)
-        return PoolState(keys, values, jnp.full((B, R, P), -1, jnp.int32), none, none, tail, zero)
+        index = jnp.zeros((B, R, P), jnp.int32)
+        keys, values = self.store.keys(nothing, index), self.store.values(nothing, index)
+        return PoolState(keys, values, index - 1, none, none, tail, zero)
 
     def prefill(self, qkv: QKV, step: Step, *, spec: AttentionSpec, room: int, previous: Any = None):
         """Causal attention over the prompt; then what is chosen of it stays, in the pool and beside it."""

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Literal, Protocol
 
 from jaxfw.core.errors import InputError, unknown
-from jaxfw.core.shapes import Array, Float
-from pallas_kernels.packing import BITS, SYMMETRIC, Packed, pack, pack_symmetric
+from jaxfw.core.shapes import Array, Float, Int
+from pallas_kernels import compact
+from pallas_kernels.packing import BITS, SYMMETRIC, Packed
 from pallas_kernels.ragged_decode import BLOCK
 
 Pool = Array | Packed
@@ -24,9 +25,13 @@ class Store(Protocol):
         """Raise an `InputError` if heads of width d cannot be held so."""
         ...
 
-    def keys(self, x: Float[Array, "B R P d"]) -> Pool: ...
+    def keys(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
+        """A pool [B R P d] of the keys at `index`."""
+        ...
 
-    def values(self, x: Float[Array, "B R P d"]) -> Pool: ...
+    def values(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
+        """A pool of values."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +43,13 @@ class Full:
     def check(self, d: int) -> None:
         """Any width does."""
 
-    def keys(self, x: Float[Array, "B R P d"]) -> Pool:
-        """X."""
-        return x
+    def keys(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
+        """As they come."""
+        return compact(x, index)
 
-    def values(self, x: Float[Array, "B R P d"]) -> Pool:
-        """X."""
-        return x
+    def values(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
+        """As they come."""
+        return compact(x, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +78,13 @@ class Kivi:
                 f"kv=kivi(bits={self.bits},group={d // 4})."
             )
 
-    def keys(self, x: Float[Array, "B R P d"]) -> Pool:
+    def keys(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
         """A scale a channel and block."""
-        return pack(x, bits=self.bits, axis="slots", group=BLOCK)
+        return compact(x, index, bits=self.bits, axis="slots", group=BLOCK)
 
-    def values(self, x: Float[Array, "B R P d"]) -> Pool:
+    def values(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
         """A scale a token and group of channels."""
-        return pack(x, bits=self.bits, axis="channels", group=self.group)
+        return compact(x, index, bits=self.bits, axis="channels", group=self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +103,10 @@ class PerToken:
     def check(self, d: int) -> None:
         """Any width does."""
 
-    def keys(self, x: Float[Array, "B R P d"]) -> Pool:
+    def keys(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
         """A scale a token."""
-        return pack_symmetric(x, self.kind)
+        return compact(x, index, kind=self.kind)
 
-    def values(self, x: Float[Array, "B R P d"]) -> Pool:
+    def values(self, x: Float[Array, "B R N d"], index: Int[Array, "B R P"]) -> Pool:
         """A scale a token."""
-        return pack_symmetric(x, self.kind)
+        return compact(x, index, kind=self.kind)
