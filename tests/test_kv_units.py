@@ -46,7 +46,5 @@ def test_a_text_without_units_is_refused_by_what_chooses_among_them():
 
 
 def test_a_question_without_a_context_is_refused():
-    with pytest.raises(
-        InputError, match=r"protocol='ctx' compresses what stands up to .*, and prompt 1 has none"
-    ):
+    with pytest.raises(InputError, match=r"protocol='ctx' compresses what stands up to .*, and prompt 1 has none"):
         reading("ctx", [[0, 0, -1], [-1, -1]])
