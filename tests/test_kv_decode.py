@@ -214,7 +214,7 @@ def streaming(sizes, sinks):
         return tokens if len(tokens) <= size else tokens[:first] + tokens[len(tokens) - (size - first) :]
 
     def start(b, length):
-        return [cut([Token(i) for i in range(length)], sizes[b], min(sinks, sizes[b])) for _ in range(K)]
+        return [cut([Token(i) for i in range(length)], sizes[b], min(sinks, sizes[b] - 1)) for _ in range(K)]
 
     return start, each(lambda tokens, t, row: cut(tokens, sizes[row.b], min(sinks, sizes[row.b] - 1)))
 
