@@ -55,6 +55,11 @@ def _ragged(name: str, B: int, T: int, keep: float) -> RaggedShape:
 
 
 RAGGED_SHAPES = {
-    f"{name}/{B}x{T} at .2": _ragged(name, B, T, 0.2)
-    for name, B, T in (("llama-3.1-8b", 8, 32768), ("llama-3.1-8b", 64, 131072), ("qwen2.5-7b", 8, 32768))
+    f"{name}/{B}x{T} at {keep}": _ragged(name, B, T, keep)
+    for name, B, T, keep in (
+        ("llama-3.1-8b", 8, 32768, 0.2),
+        ("llama-3.1-8b", 64, 131072, 0.2),
+        ("llama-3.1-8b", 64, 131072, 1.0),
+        ("qwen2.5-7b", 8, 32768, 0.2),
+    )
 }

@@ -42,6 +42,8 @@ from pallas_kernels.decode_attention import (
 )
 from pallas_kernels.packing import Packed, unpack
 
+# Triton's offsets are counted in elements, with a sign and 32 bits for arrays of up to 2^32 bytes.
+PAIRED_BYTES = 2**31, 2**32
 BLOCK = 32  # slots: heads begin at multiples of it, and keys in few bits share a scale over it
 Pool = Array | Packed
 
@@ -99,8 +101,8 @@ def supports_ragged_decode(impl: str, *, q, k, v) -> str | None:
         return f"its q has one dtype of {', '.join(DTYPES)}, got {q.dtype}"
     for name, x in (("k", k), ("v", v)):
         if isinstance(x, Packed):
-            if x.codes.size >= 2**31:
-                return f"{name} has {x.codes.size} codes, and offsets into bytes have 32 bits (below 2^31)"
+            if _is_paired(x) and (x.codes.shape[-1] % 2 or not jnp.issubdtype(x.codes.dtype, jnp.integer)):
+                return f"{name} has {x.codes.size} bytes, in no pairs, and Triton's offsets reach up to 2^31"
             is_symmetric = x.zero is None and x.group == x.shape[-1]
             by = {"k": ("slots", BLOCK), "v": ("channels", x.group)}[name]
             if not is_symmetric and (x.axis, x.group) != by:
@@ -279,8 +281,17 @@ def _config(B: int, K: int, S: int, d: int, k: Pool) -> Config:
     return Config(block, max(1, min(math.ceil(2 * PROGRAMS / (B * K)), math.ceil(S / block))))
 
 
+def _is_paired(x: Packed) -> bool:
+    """Whether two bytes are read as one number, since there are too many to count."""
+    least, most = PAIRED_BYTES
+    return x.codes.dtype.itemsize == 1 and least <= x.codes.size <= most
+
+
 def _flat(x: Pool, N: int) -> dict[str, Array]:
     """A pool's arrays with rows and shards as one axis."""
+    if isinstance(x, Packed) and _is_paired(x):
+        pairs = x.codes.reshape(*x.codes.shape[:-1], -1, 2)
+        x = dataclasses.replace(x, codes=jax.lax.bitcast_convert_type(pairs, jnp.uint16))
     arrays = {"codes": x.codes, "scale": x.scale, "zero": x.zero} if isinstance(x, Packed) else {"codes": x}
     return {name: y.reshape(N, *y.shape[2:]) for name, y in arrays.items() if y is not None}
 
@@ -309,6 +320,12 @@ def _triton_body(
         inside = (first + slots < length) & (columns < piece.size)
         if packed is None:
             return plt.load(refs["codes"].at[begin + first + slots, columns], mask=inside, other=0.0)
+        if refs["codes"].dtype == jnp.uint16:
+            at = refs["codes"].at[begin + first + slots, (piece.byte + columns) // 2]
+            pairs = plt.load(at, mask=inside, other=0).astype(jnp.int32)
+            codes = pairs >> (piece.byte + columns) % 2 * 8 & 255
+            signed = (codes ^ 128) - 128 if packed.codes.dtype == jnp.int8 else codes
+            return (signed >> piece.shift & (2**packed.bits - 1) if packed.bits < 8 else signed).astype(jnp.float32)
         at = refs["codes"].at[begin + first + slots, piece.byte + columns]
         if not jnp.issubdtype(packed.codes.dtype, jnp.integer):  # Triton has no 8-bit zero to fill in
             return jnp.where(inside, plt.load(at, mask=inside).astype(jnp.float32), 0.0)

@@ -1,6 +1,7 @@
 """Attention to ragged pools, in full width and in few bits: brute force, interpreted, compiled for H200s."""
 
 import functools
+import sys
 from typing import ClassVar
 
 import jax
@@ -69,13 +70,14 @@ class TestRaggedDecode(KernelContract):
     config = staticmethod(lambda: Config(32, 2))
     cases = tuple(draw_case(number) for number in range(48))
     named: ClassVar = {
-        "llama-3.1-8b/8x32768": lambda: abstract("llama-3.1-8b/8x32768 at .2", "full", return_mass=True),
-        "llama-3.1-8b/8x32768 int4": lambda: abstract("llama-3.1-8b/8x32768 at .2", "int4", return_mass=True),
-        "llama-3.1-8b/64x131072 int4": lambda: abstract("llama-3.1-8b/64x131072 at .2", "int4"),
-        "llama-3.1-8b/8x32768 int2": lambda: abstract("llama-3.1-8b/8x32768 at .2", "int2"),
-        "llama-3.1-8b/8x32768 int8": lambda: abstract("llama-3.1-8b/8x32768 at .2", "int8"),
-        "llama-3.1-8b/8x32768 fp8": lambda: abstract("llama-3.1-8b/8x32768 at .2", "fp8"),
-        "qwen2.5-7b/8x32768 int4": lambda: abstract("qwen2.5-7b/8x32768 at .2", "int4"),
+        "llama-3.1-8b/8x32768": lambda: abstract("llama-3.1-8b/8x32768 at 0.2", "full", return_mass=True),
+        "llama-3.1-8b/8x32768 int4": lambda: abstract("llama-3.1-8b/8x32768 at 0.2", "int4", return_mass=True),
+        "llama-3.1-8b/64x131072 int4": lambda: abstract("llama-3.1-8b/64x131072 at 0.2", "int4"),
+        "llama-3.1-8b/8x32768 int2": lambda: abstract("llama-3.1-8b/8x32768 at 0.2", "int2"),
+        "llama-3.1-8b/8x32768 int8": lambda: abstract("llama-3.1-8b/8x32768 at 0.2", "int8"),
+        "llama-3.1-8b/8x32768 fp8": lambda: abstract("llama-3.1-8b/8x32768 at 0.2", "fp8"),
+        "llama-3.1-8b/64x131072 whole, int4": lambda: abstract("llama-3.1-8b/64x131072 at 1.0", "int4"),
+        "qwen2.5-7b/8x32768 int4": lambda: abstract("qwen2.5-7b/8x32768 at 0.2", "int4"),
     }
 
     def arguments(self, case, rng):
@@ -142,6 +144,14 @@ def test_the_reference_is_brute_force(kind):
     wanted = brute_force(q, wide[0], wide[1], np.asarray(begin), np.asarray(lengths), 0.3)
     for mine, right in zip((got.out, got.lse, got.mass), wanted, strict=True):
         assert_close(mine, right, "float32", what=kind)
+
+
+@pytest.mark.parametrize("kind", ["int2", "int4", "kivi8", "int8"])
+def test_bytes_may_be_read_in_pairs(kind, monkeypatch):
+    """As they are where there are between 2^31 and 2^32 of them."""
+    monkeypatch.setattr(sys.modules["pallas_kernels.ragged_decode"], "PAIRED_BYTES", (0, 2**32))
+    case = next(case for case in TestRaggedDecode.cases if case.options["kind"] == kind and case.dtype == "float32")
+    TestRaggedDecode().check(case, "interpret")
 
 
 def test_heads_lie_in_order_from_whole_blocks_on():
