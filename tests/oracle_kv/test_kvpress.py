@@ -16,8 +16,9 @@ from jaxfw.weights import load
 from tests.oracle_kv.kvpress_cases import ARCHITECTURES, LAYERS, PRESSES, ids, model
 
 REMOVED, T, NEW = (0.3, 0.7), 203, 8
-EXACT = [method for method in PRESSES if not method.startswith("lagkv")]  # ranks tie, and torch.topk takes any of them
-LOGITS_ATOL = 3e-5  # of the largest logit: what two float32 forwards of these weights differ by
+# LagKV's ranks tie, and torch.topk takes any of them; AdaKVPress leaves all keys in the cache and masks them.
+EXACT = [method for method in PRESSES if not method.startswith(("lagkv", "adakv"))]
+LOGITS_ATOL = 5e-5  # of the largest logit: what two float32 forwards of these weights differ by
 
 
 @functools.cache
