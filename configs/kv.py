@@ -4,7 +4,7 @@
     python -m jaxfw.launch --config=configs/kv.py:claim --workdir=runs/kv-claim  # trains its models, three seeds
     ... --config.study.methods="('snapkv(w=8)@keep={keep}', 'adakv(w=8)@keep={keep},kv=int4')"
 
-The study asks embedded-1 for seven abilities, with prompts of about 200 tokens each: three quarters of an hour on two
+The study asks embedded-1 for seven abilities, with prompts of about 200 tokens each: about an hour on two
 cores, and a run that was stopped goes on where it was. lm-eval's tasks run by name with `--model_args kv=...`
 (docs/kv.md).
 """

@@ -1,7 +1,6 @@
 """How the heads of a layer share its budget: the same for all, or as much as each one's scores deserve."""
 
 import dataclasses
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +12,13 @@ from jaxfw.kv.selection import highest, marked
 from jaxfw.models.cache import Step
 
 
-class HeadBudget(Protocol):
-    """Which tokens each head keeps."""
-
-    is_even: bool
-
-    def choose(self, scores: Scores, step: Step, budget: Int[Array, "B"], R: int) -> Bool[Array, "B K T"]:
-        """Tokens that stay, where heads differ in how many: each of R shards of heads has its own budget."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Even:
     """As many tokens in every head: the granularity chooses them."""
 
-    is_even = True
-
-    def choose(self, scores: Scores, step: Step, budget: Int[Array, "B"], R: int) -> Bool[Array, "B K T"]:
-        """Not asked."""
-        raise NotImplementedError
+    def least(self, C: int) -> int:
+        """Tokens that each head keeps at least, of C in the mean: as many."""
+        return C
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +30,14 @@ class Ada:
     """
 
     floor: float = 0.2
-    is_even = False
 
     def __post_init__(self):
         if not 0 <= self.floor <= 1:
             raise InputError(f"floor={self.floor} must lie in [0, 1]: the share of an even budget of each head.")
+
+    def least(self, C: int) -> int:
+        """Tokens that each head keeps at least, of C in the mean."""
+        return max(1, int(C * self.floor)) if self.floor else 0
 
     def choose(self, scores: Scores, step: Step, budget: Int[Array, "B"], R: int) -> Bool[Array, "B K T"]:
         """What each head keeps anyway, then protected tokens, then by score; a tie goes to the lower head."""
@@ -69,3 +59,6 @@ class Ada:
         count = (each * jnp.minimum(budget, step.lengths))[:, None, None]
         best = jnp.where(index < count, best, -1)
         return marked(best, each * T).reshape(B, K, T)
+
+
+HeadBudget = Even | Ada

@@ -11,7 +11,7 @@ from jaxfw.kv import pool
 from jaxfw.kv.cache import KVCache
 from jaxfw.kv.forgetting import forget
 from jaxfw.kv.granularity import Tokens
-from jaxfw.kv.heads import Ada, Even, HeadBudget
+from jaxfw.kv.heads import Even, HeadBudget
 from jaxfw.kv.pool import (
     PoolState,
     attend_pool,
@@ -39,7 +39,7 @@ class PooledCache(KVCache):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.heads.is_even and not isinstance(self.granularity, Tokens):
+        if not isinstance(self.heads, Even) and not isinstance(self.granularity, Tokens):
             raise InputError(
                 f"heads={self.heads} lets heads keep unequal numbers of tokens, and {self.granularity} chooses pieces "
                 "for all heads together: take by=tokens, or heads=even."
@@ -68,7 +68,7 @@ class PooledCache(KVCache):
         return super().prefill(qkv, step, spec=spec, room=room, previous=previous)
 
     def _held(self, c: Context, k: Array, v: Array, new: int, previous: Any) -> PoolState:
-        if self.heads.is_even:
+        if isinstance(self.heads, Even):
             return self._compacted(k, v, self._chosen(c, previous), c.step, new, None, self._sums(c))
         scores = self.scorer(c)
         if scores.value.shape[1] != k.shape[1]:
@@ -104,8 +104,7 @@ class PooledCache(KVCache):
 
     def _surely_beside(self, C: int) -> int:
         """Tokens of each head that lie beside the pool when a layer keeps C of each in the mean."""
-        least = C if self.heads.is_even else max(1, int(C * self.heads.floor)) if isinstance(self.heads, Ada) else 0
-        return min(self.store.residual, least)
+        return min(self.store.residual, self.heads.least(C))
 
     def _appended(
         self, state: PoolState, new: QKV, k: Array, v: Array, step: Step, spec: AttentionSpec, write: bool

@@ -132,7 +132,7 @@ def parse(text: str, *, layers: int = 1) -> KVCache:
         parts["decode"], more["reassign"] = decoding.Grow(), False
     more |= {"scorer": parts["scorer"], "granularity": parts["by"], "layer_budget": parts["layers"],
              "decode": parts["decode"], "layers": layers}  # fmt: skip
-    if parts["heads"].is_even and parts["kv"] == FULL:
+    if parts["heads"] == EVEN and parts["kv"] == FULL:
         return KVCache(**more)
     return PooledCache(heads=parts["heads"], store=parts["kv"], **more)
 
